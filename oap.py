@@ -1,0 +1,1504 @@
+"""Offline-with-Action-Preferences (OAP, ICML 2023) in one file.
+
+    python oap.py                                        # a demo that needs nothing; minutes
+    python oap.py --scheme oap --env pen-human-v1 --expert FILE
+    python oap.py --scheme o2o --algo iql --env Hopper-v4:medium-replay       # no download either
+    python oap.py --help
+
+OAP improves an offline policy without touching the environment. Now and then it asks a black box
+which of two actions is better in a state of the dataset: the recorded one or the policy's own.
+
+    Algorithm 1                                                       here
+    let ã_i = a_i; for t = 1 .. N_train:                              Data.append, train
+        update the policy by Eq. 6                                    TD3BC.update, IQL.update
+        if t mod M_inter = 0:                                         train, then oap_round:
+            select K·M_inter/N_train samples, most divergent first    due, divergence, select_queries
+            ask the black box (Eq. 2), add the answers to D_q         BlackBox, QueryDataset
+            train RankNet on D_q (Eq. 3)                              train_ranknet, ranknet_loss
+            answer for all the others with RankNet (Eq. 4)            pseudo_query
+    Eq. 5 is Eq. 6 with ã = a.  Eq. 6: td3bc_actor_loss, iql_actor_loss.  Eq. 7: improvement_bound.
+
+What the paper leaves open, and how it is closed here (D: a departure from what it prints):
+ 1. l_i is summed over action dimensions, for the deterministic policy (IQL: the Gaussian's mean).
+ 2. A round that may ask more samples than were never asked asks the most divergent asked ones again,
+    about the current policy's action; no sample twice in one round, which would tell nothing.
+ 3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
+ 4. ã is frozen between rounds: the policy's action as it was when it was preferred. An asked sample
+    keeps the black box's answer; in every round RankNet answers anew for all the others.
+ 5. RankNet goes on training from round to round, with Adam at 3e-4 in batches of 256, for the 100
+    epochs of Table 5 (Algorithm 1: "until convergence"). It sees states as the policy does.
+ 6. IQL, for which Eq. 6 is not printed: ã replaces a in the advantage-weighted regression, in the
+    weight and in the likelihood. V and Q learn from the data's action, which has the reward.
+ 7. λ in Table 5 is TD3+BC's alpha: Eq. 6's λ is alpha / mean|Q|.
+ 8. OAP's last 100k updates ask nothing. IQL's cosine decay of the actor's rate spans all updates.
+ 9. Interactions are spread evenly. "interval" for o2o means: over its first phase.
+10. Schemes without D begin with 1,000 uniformly random actions, counted in the budget. TD3+BC
+    explores with TD3's noise of 0.1, IQL and SAC by sampling.
+11. AntMaze's rewards are lowered by 1; IQL's locomotion rewards are scaled to 1000 / (best - worst
+    trajectory) and its actions clipped to 1 - 1e-5 (its authors' code). TD3+BC normalises states.
+12. Local tasks ID:QUALITY follow D4RL's recipe with "a third of the final return" counted from a
+    random policy's return, so that it has a meaning for negative returns.
+"""
+
+import argparse
+import copy
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------- arguments and schemes
+
+# Table 5's Gym / AntMaze / Adroit columns, then the domains' own protocols (point 11).
+DOMAIN_DEFAULTS = {
+    "td3bc_alpha":   {"gym": 2.5, "antmaze": 2.5,  "adroit": 0.1},
+    "iql_beta":      {"gym": 3.0, "antmaze": 10.0, "adroit": 0.5},
+    "iql_expectile": {"gym": 0.7, "antmaze": 0.9,  "adroit": 0.7},
+    "iql_dropout":   {"gym": 0.0, "antmaze": 0.0,  "adroit": 0.1},
+    "reward_shift":  {"gym": 0.0, "antmaze": -1.0, "adroit": 0.0},
+    "eval_episodes": {"gym": 10,  "antmaze": 100,  "adroit": 10},
+}  # fmt: skip
+
+
+class Scheme(NamedTuple):
+    """A column of Table 1: where samples come from, and what the budget K of Section 4.1 buys."""
+
+    data: bool  # learns from D
+    budget: str  # what K counts: "interactions", "queries" or nothing
+    timing: str  # when it is spent: "interval", during the first phase, or "ft", after it
+    finetune: bool  # has a second phase, of --finetune-steps updates
+
+
+SCHEMES = {
+    "offline":    Scheme(data=True,  budget="",             timing="interval", finetune=False),
+    "online":     Scheme(data=False, budget="interactions", timing="interval", finetune=False),
+    "online-mix": Scheme(data=True,  budget="interactions", timing="interval", finetune=False),
+    "o2o":        Scheme(data=True,  budget="interactions", timing="ft",       finetune=True),
+    "oap":        Scheme(data=True,  budget="queries",      timing="interval", finetune=True),
+    "expert":     Scheme(data=False, budget="interactions", timing="interval", finetune=False),
+}  # fmt: skip
+QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
+
+
+class BadInput(ValueError):
+    """What the user can mend: `main` prints its one line and returns 2."""
+
+
+def number(low: float, high: float = math.inf, whole: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        value = int(text) if whole else float(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{'whole ' * whole}number of at least {low:g} and at most {high:g}"
+    return parse
+
+
+def budget(text: str) -> float:
+    return math.inf if text == "inf" else number(1, whole=True)(text)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise BadInput(f"{message}; see --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser("oap.py", description="Without arguments: a demo.", allow_abbrev=False)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    count, positive, fraction = number(1, whole=True), number(1e-12, 1e12), number(0, 1)
+    # what runs
+    add("--env", required=True, help="a D4RL task, or GYMNASIUM_ID:QUALITY, QUALITY one of "
+        + ", ".join(QUALITIES))
+    add("--scheme", choices=SCHEMES, default="oap", help="a column of Table 2; expert trains a black box")
+    add("--algo", choices=("td3bc", "iql"), default="td3bc", help="what the scheme trains with")
+    add("--seed", type=number(0, 2**31 - 1, whole=True), default=0, help="of all that is random")
+    add("--expert", help="the black box: this program's model.pt, a Stable-Baselines3 SAC or TD3 zip,"
+        " a TorchScript Q(s, a), or module:function")
+    add("--dataset", help="hdf5 file in D4RL's format instead of the task's own")
+    add("--out", default="runs", help="folder of all runs")
+    add("--tag", default="", help="appended to the name of the run's folder")
+    add("--overwrite", action="store_true", help="run again what is finished")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--physics", choices=("exact", "stock"), default="exact", help="the MuJoCo of D4RL's data, or"
+        " the installed one")
+    # the scheme
+    add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
+    add("--finetune-steps", type=count, default=100_000, help="updates of the second (o2o, oap)")
+    add("--budget", type=budget, default=100_000, help="queries or interactions, K; inf: no limit")
+    add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
+    add("--timing", choices=("interval", "ft"), help="Figure 7's variants; default: the scheme's own")
+    add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/RN) has none")
+    add("--ranknet-epochs", type=count, default=100, help="in every round")
+    add("--audit", action="store_true", help="at every interval, compare all of D with the black box,"
+        " outside of the budget: RankNet's accuracy, and Figure 6's data in an npz")
+    # the protocol
+    add("--eval-every", type=count, default=5_000, help="updates between evaluations")
+    add("--eval-episodes", type=count, help="per evaluation")
+    add("--normalize", action=switch, help="states to mean 0, deviation 1; default: for td3bc")
+    add("--reward-shift", type=float, help="added to rewards")
+    add("--reward-scale", action=switch, help="IQL's scaling; default: for iql on D4RL's locomotion")
+    add("--expert-steps", type=count, default=3_000_000, help="SAC's steps, for --scheme expert")
+    add("--dataset-size", type=number(100, whole=True), default=1_000_000, help="of local tasks")
+    # every algorithm
+    add("--batch-size", type=count, default=256)
+    add("--lr", type=positive, default=3e-4, help="Adam's learning rate for every network")
+    add("--discount", type=fraction, default=0.99)
+    add("--polyak", type=fraction, default=0.005, help="target networks' rate")
+    add("--random-steps", type=count, default=1_000, help="random actions first, where there is no D")
+    # TD3+BC
+    add("--td3bc-alpha", type=positive, help="weight of Q, Table 5's λ")
+    add("--policy-noise", type=number(0), default=0.2, help="deviation of the target's noise")
+    add("--noise-clip", type=number(0), default=0.5)
+    add("--policy-delay", type=count, default=2, help="critic updates per actor update")
+    add("--exploration-noise", type=number(0), default=0.1, help="deviation, when interacting")
+    # IQL
+    add("--iql-beta", type=number(0), help="inverse temperature")
+    add("--iql-expectile", type=fraction, help="Table 5's quantile")
+    add("--iql-dropout", type=number(0, 0.99), help="of the actor")
+    return parser
+
+
+# ----------------------------------------------------------------------------------- OAP, section 3
+
+
+class Batch(NamedTuple):
+    """B transitions. `preferred` is ã, what the policy constraint pulls towards."""
+
+    state: Tensor  # (B, S)
+    action: Tensor  # (B, A), in [-1, 1] like every action that a network sees
+    reward: Tensor  # (B,)
+    next_state: Tensor  # (B, S)
+    not_done: Tensor  # (B,) 0 after a terminal state, else, and after a timeout, 1
+    preferred: Tensor  # (B, A)
+
+
+def due(step: int, budget: float, start: int, stop: int) -> float:
+    """How much of `budget`, spent evenly over updates start < t <= stop, is spent by `step`.
+
+    Exact for budgets that do not divide: whole numbers that reach `budget` at `stop`, never above.
+    """
+    done = min(max(step - start, 0), stop - start)
+    return budget if math.isinf(budget) else budget * done // (stop - start)
+
+
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors) without gradients, in pieces of the first axis that fit a CPU's cache."""
+    size = 1024 if tensors[0].device.type == "cpu" else 2**17
+    with torch.no_grad():
+        pieces = zip(*(t.split(size) for t in tensors), strict=True)
+        return torch.cat([function(*piece) for piece in pieces])
+
+
+def divergence(action: Tensor, policy_action: Tensor) -> Tensor:
+    """Section 3.1's ranking criterion l_i = (π(s_i) - a_i)²: (N, A), (N, A) -> (N,)."""
+    return ((policy_action - action) ** 2).sum(-1)
+
+
+def select_queries(divergence: Tensor, asked: Tensor, count: int) -> Tensor:
+    """Indices (min(count, N),) of what to ask: first what never was (Table 5), most divergent first.
+
+    divergence (N,), asked (N,) bool. Of equals, the lower index comes first.
+    """
+    order = divergence.argsort(descending=True, stable=True)
+    return order[asked[order].to(torch.uint8).argsort(stable=True)][:count]
+
+
+class RankNet(nn.Module):
+    """f_r(s, a) of section 3.2, "3 MLP layers", with Table 5's widths and dropout."""
+
+    def __init__(self, state_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(state_dim + action_dim, 512, 256, 1, dropout=0.5)
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        return self.net(torch.cat([state, action], -1)).squeeze(-1)  # (B,)
+
+
+def ranknet_loss(
+    ranknet: nn.Module, state: Tensor, action: Tensor, policy_action: Tensor, prefers_data: Tensor
+) -> Tensor:
+    """Eq. 3, the cross entropy of P = sigmoid(f(s, a) - f(s, π(s))) to P̄ = prefers_data (B,)."""
+    o = ranknet(state, action) - ranknet(state, policy_action)  # (B,)
+    return F.binary_cross_entropy_with_logits(o, prefers_data.to(o.dtype))
+
+
+def train_ranknet(
+    ranknet: nn.Module, optimizer: torch.optim.Optimizer, pairs: tuple[Tensor, ...], epochs: int,
+    batch_size: int = 256, generator: torch.Generator | None = None,
+) -> float:  # fmt: skip
+    """Descends Eq. 3 on D_q = (state, action, policy_action, prefers_data) of M rows each.
+
+    Returns the last epoch's mean loss, in nats: log 2 is what guessing costs.
+    """
+    size, device = len(pairs[0]), pairs[0].device
+    ranknet.train()
+    for _ in range(epochs):
+        total = torch.zeros((), device=device)
+        for index in torch.randperm(size, generator=generator, device=device).split(batch_size):
+            loss = ranknet_loss(ranknet, *(x[index] for x in pairs))
+            descend(optimizer, loss)
+            total += loss.detach() * len(index)
+    ranknet.eval()
+    return total.item() / size
+
+
+def pseudo_query(ranknet: nn.Module, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
+    """Eq. 4: True (B,) where RankNet finds `action` at least as good as `other`."""
+    return ranknet(state, action) >= ranknet(state, other)
+
+
+def improvement_bound(q: Callable, state: Tensor, action: Tensor, preferred: Tensor) -> float:
+    """Eq. 7: mean of Q*(s, ã) - Q*(s, a), in units of return."""
+    return (q(state, preferred) - q(state, action)).mean().item()
+
+
+class QueryDataset:
+    """D_q = {(s_k, a_k, π^k(s_k), ã_k)}: rows of D, what the policy did there then, the answers."""
+
+    def __init__(self, size: int, action_dim: int, device: torch.device):
+        self.asked = torch.zeros(size, dtype=torch.bool, device=device)  # (N,), over D
+        self.index = torch.empty(0, dtype=torch.long, device=device)  # (M,)
+        self.policy_action = torch.empty(0, action_dim, device=device)  # (M, A)
+        self.prefers_data = torch.empty(0, dtype=torch.bool, device=device)  # (M,)
+
+    def add(self, index: Tensor, policy_action: Tensor, prefers_data: Tensor) -> None:
+        self.asked[index] = True
+        self.index = torch.cat([self.index, index])
+        self.policy_action = torch.cat([self.policy_action, policy_action])
+        self.prefers_data = torch.cat([self.prefers_data, prefers_data])
+
+
+def oap_round(
+    policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, preferred: Tensor, count: int,
+    queries: QueryDataset, black_box: "BlackBox", ranknet: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None, epochs: int, generator: torch.Generator | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """The body of Algorithm 1's `if`: asks `count` samples and sets D's ã = `preferred`, in place.
+
+    state (N, S), action (N, A), preferred (N, A). Without `ranknet`, unasked samples keep their ã.
+    Returns what to log: mean divergence, share of answers for the policy, Eq. 7, RankNet's loss.
+    """
+    pi = in_chunks(policy, state)  # (N, A)
+    ranking = divergence(action, pi)  # (N,)
+    chosen = select_queries(ranking, queries.asked, count)  # (k,)
+    prefers_data = black_box(state[chosen], action[chosen], pi[chosen])  # (k,)
+    queries.add(chosen, pi[chosen], prefers_data)
+    preferred[chosen] = torch.where(prefers_data[:, None], action[chosen], pi[chosen])
+    log = {"divergence": ranking.mean().item(),
+           "prefers_policy": 1 - prefers_data.float().mean().item()}
+    if black_box.q is not None:  # over all asked samples: it takes no answer that was not paid for
+        i = queries.asked.nonzero().squeeze(1)
+        log["bound"] = improvement_bound(black_box.q, state[i], action[i], preferred[i])
+    rest = (~queries.asked).nonzero().squeeze(1)
+    if ranknet is not None and len(rest):  # with nothing left to answer, RankNet would not be heard
+        i = queries.index
+        pairs = (state[i], action[i], queries.policy_action, queries.prefers_data)
+        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs, generator=generator)
+        keep = in_chunks(lambda i: pseudo_query(ranknet, state[i], action[i], pi[i]), rest)
+        preferred[rest] = torch.where(keep[:, None], action[rest], pi[rest])
+    return log
+
+
+# ----------------------------------------------------------------------------------------- networks
+
+
+def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers of these widths; ReLU, then dropout if any, between them."""
+    layers: list[nn.Module] = []
+    for i, o in itertools.pairwise(sizes[:-1]):
+        layers += [nn.Linear(i, o), nn.ReLU()] + [nn.Dropout(dropout)] * (dropout > 0)
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+
+class Critic(nn.Module):
+    """Twin Q(s, a)."""
+
+    def __init__(self, state_dim: int, action_dim: int):
+        super().__init__()
+        self.q1 = mlp(state_dim + action_dim, 256, 256, 1)
+        self.q2 = mlp(state_dim + action_dim, 256, 256, 1)
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([state, action], -1)
+        return torch.cat([self.q1(x), self.q2(x)], -1)  # (B, 2)
+
+    def first(self, state: Tensor, action: Tensor) -> Tensor:
+        return self.q1(torch.cat([state, action], -1)).squeeze(-1)  # (B,)
+
+
+class Value(nn.Module):
+    """IQL's V(s)."""
+
+    def __init__(self, state_dim: int):
+        super().__init__()
+        self.net = mlp(state_dim, 256, 256, 1)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.net(state).squeeze(-1)  # (B,)
+
+
+class DeterministicActor(nn.Module):
+    """TD3's π(s)."""
+
+    def __init__(self, state_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(state_dim, 256, 256, action_dim)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.net(state).tanh()  # (B, A)
+
+
+class GaussianActor(nn.Module):
+    """IQL's π(a|s): σ does not depend on s; the mean is squashed, samples are not."""
+
+    def __init__(self, state_dim: int, action_dim: int, dropout: float):
+        super().__init__()
+        self.net = mlp(state_dim, 256, 256, action_dim, dropout=dropout)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.net(state).tanh()  # (B, A), the mean
+
+    def std(self) -> Tensor:
+        return self.log_std.clamp(-5, 2).exp()  # (A,)
+
+    def log_prob(self, state: Tensor, action: Tensor) -> Tensor:
+        z = (action - self(state)) / self.std()
+        return -(z**2 / 2 + self.std().log() + math.log(2 * math.pi) / 2).sum(-1)  # (B,)
+
+
+class SquashedActor(nn.Module):
+    """SAC's π(a|s), the tanh of a Gaussian."""
+
+    def __init__(self, state_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(state_dim, 256, 256, 2 * action_dim)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.net(state).chunk(2, -1)[0].tanh()  # (B, A), without noise
+
+    def sample(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard normal noise (B, A) -> actions (B, A) and their log-probabilities (B,)."""
+        mean, log_std = self.net(state).chunk(2, -1)
+        log_std = log_std.clamp(-20, 2)
+        u = mean + log_std.exp() * noise
+        normal = -(noise**2 / 2 + log_std + math.log(2 * math.pi) / 2)
+        squash = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh²u), without overflow
+        return u.tanh(), (normal - squash).sum(-1)
+
+
+def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(module.parameters(), lr=lr, fused=True)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of the optimizer's parameters; no other network gets a gradient."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.grad = gradient
+    optimizer.step()
+
+
+def target_of(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, net: nn.Module, polyak: float) -> None:
+    """target <- (1 - polyak) target + polyak net."""
+    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), polyak)
+
+
+# ---------------------------------------------------------------------- TD3+BC, IQL, SAC: one shape
+#
+# act(state): the policy that is evaluated and compared. explore(state, noise): it, interacting.
+# update(batch, noise, step): one update of everything; returns losses. But for dropout, all chance
+# is in `noise` (2, B, A), standard normal.
+
+
+def td3bc_critic_loss(
+    critic: nn.Module, critic_target: nn.Module, actor_target: nn.Module, batch: Batch,
+    noise: Tensor, discount: float, policy_noise: float, noise_clip: float,
+) -> Tensor:  # fmt: skip
+    """TD3's squared Bellman error (Fujimoto et al. 2018), summed over both Q."""
+    with torch.no_grad():
+        noise = (noise * policy_noise).clamp(-noise_clip, noise_clip)
+        next_action = (actor_target(batch.next_state) + noise).clamp(-1, 1)
+        next_q = critic_target(batch.next_state, next_action).amin(-1)
+        target = batch.reward + discount * batch.not_done * next_q  # (B,)
+    return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
+
+
+def td3bc_actor_loss(actor: nn.Module, critic: Critic, batch: Batch, alpha: float) -> Tensor:
+    """Eq. 6 as a loss: -λ Q(s, π(s)) + (π(s) - ã)², with λ = alpha / mean|Q|."""
+    action = actor(batch.state)
+    q = critic.first(batch.state, action)
+    weight = alpha / q.abs().mean().detach()
+    return -weight * q.mean() + ((action - batch.preferred) ** 2).mean()
+
+
+class TD3BC(nn.Module):
+    """TD3+BC (Fujimoto & Gu 2021)."""
+
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
+        super().__init__()
+        self.args = args
+        self.actor = DeterministicActor(state_dim, action_dim)
+        self.critic = Critic(state_dim, action_dim)
+        self.actor_target, self.critic_target = target_of(self.actor), target_of(self.critic)
+        self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
+
+    def act(self, state: Tensor) -> Tensor:
+        return self.actor(state)
+
+    def explore(self, state: Tensor, noise: Tensor) -> Tensor:
+        return (self.actor(state) + self.args.exploration_noise * noise).clamp(-1, 1)
+
+    def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
+        a = self.args
+        critic_loss = td3bc_critic_loss(
+            self.critic, self.critic_target, self.actor_target, batch, noise[0],
+            a.discount, a.policy_noise, a.noise_clip)
+        descend(self.critic_opt, critic_loss)
+        if step % a.policy_delay:
+            return {"critic_loss": critic_loss}
+        actor_loss = td3bc_actor_loss(self.actor, self.critic, batch, a.td3bc_alpha)
+        descend(self.actor_opt, actor_loss)
+        polyak_update(self.critic_target, self.critic, a.polyak)
+        polyak_update(self.actor_target, self.actor, a.polyak)
+        return {"critic_loss": critic_loss, "actor_loss": actor_loss}
+
+
+def iql_value_loss(
+    value: nn.Module, critic_target: nn.Module, batch: Batch, expectile: float
+) -> Tensor:
+    """V(s) as an upper expectile of Q(s, a) over the data's actions (IQL's Eq. 5)."""
+    with torch.no_grad():
+        q = critic_target(batch.state, batch.action).amin(-1)
+    error = q - value(batch.state)  # (B,)
+    return (torch.where(error > 0, expectile, 1 - expectile) * error**2).mean()
+
+
+def iql_actor_loss(
+    actor: GaussianActor, value: nn.Module, critic_target: nn.Module, batch: Batch, beta: float
+) -> Tensor:
+    """Advantage-weighted regression (IQL's Eq. 7) towards ã: OAP's Eq. 6 for IQL (point 6)."""
+    with torch.no_grad():
+        advantage = critic_target(batch.state, batch.preferred).amin(-1) - value(batch.state)
+        weight = (beta * advantage).exp().clamp(max=100)  # (B,)
+    return -(weight * actor.log_prob(batch.state, batch.preferred)).mean()
+
+
+def iql_critic_loss(critic: nn.Module, value: nn.Module, batch: Batch, discount: float) -> Tensor:
+    """Squared Bellman error with V, so without any action of the policy (IQL's Eq. 6)."""
+    with torch.no_grad():
+        target = batch.reward + discount * batch.not_done * value(batch.next_state)  # (B,)
+    return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
+
+
+class IQL(nn.Module):
+    """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
+
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
+        super().__init__()
+        self.args = args
+        self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout)
+        self.critic, self.value = Critic(state_dim, action_dim), Value(state_dim)
+        self.critic_target, self.value_opt = target_of(self.critic), adam(self.value, args.lr)
+        self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
+        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_opt, updates)
+
+    def act(self, state: Tensor) -> Tensor:
+        return self.actor.eval()(state)
+
+    def explore(self, state: Tensor, noise: Tensor) -> Tensor:
+        return (self.act(state) + self.actor.std() * noise).clamp(-1, 1)
+
+    def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
+        a = self.args
+        value_loss = iql_value_loss(self.value, self.critic_target, batch, a.iql_expectile)
+        descend(self.value_opt, value_loss)
+        actor_loss = iql_actor_loss(
+            self.actor.train(), self.value, self.critic_target, batch, a.iql_beta)
+        descend(self.actor_opt, actor_loss)
+        self.decay.step()
+        critic_loss = iql_critic_loss(self.critic, self.value, batch, a.discount)
+        descend(self.critic_opt, critic_loss)
+        polyak_update(self.critic_target, self.critic, a.polyak)
+        return {"critic_loss": critic_loss, "actor_loss": actor_loss, "value_loss": value_loss}
+
+
+def sac_critic_loss(
+    critic: nn.Module, critic_target: nn.Module, actor: SquashedActor, temperature: Tensor,
+    batch: Batch, noise: Tensor, discount: float,
+) -> Tensor:  # fmt: skip
+    """Squared soft Bellman error, summed over both Q."""
+    with torch.no_grad():
+        next_action, log_prob = actor.sample(batch.next_state, noise)
+        next_q = critic_target(batch.next_state, next_action).amin(-1) - temperature * log_prob
+        target = batch.reward + discount * batch.not_done * next_q  # (B,)
+    return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
+
+
+def sac_actor_loss(
+    actor: SquashedActor, critic: nn.Module, temperature: Tensor, batch: Batch, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the sampled actions' log-probabilities (B,)."""
+    action, log_prob = actor.sample(batch.state, noise)
+    return (temperature * log_prob - critic(batch.state, action).amin(-1)).mean(), log_prob
+
+
+def sac_temperature_loss(log_temperature: Tensor, log_prob: Tensor, entropy: float) -> Tensor:
+    """Raises the temperature while the policy's entropy is below `entropy`, in nats."""
+    return -(log_temperature * (log_prob.detach() + entropy)).mean()
+
+
+class SAC(nn.Module):
+    """Soft actor-critic (Haarnoja et al. 2018) with rlkit's settings: it trains the black boxes."""
+
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
+        super().__init__()
+        self.args, self.entropy = args, -action_dim
+        self.actor, self.critic = SquashedActor(state_dim, action_dim), Critic(state_dim, action_dim)
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.critic_target = target_of(self.critic)
+        self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
+        self.temperature_opt = torch.optim.Adam([self.log_temperature], lr=args.lr, fused=True)
+
+    def act(self, state: Tensor) -> Tensor:
+        return self.actor(state)
+
+    def explore(self, state: Tensor, noise: Tensor) -> Tensor:
+        return self.actor.sample(state, noise)[0]
+
+    def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
+        a, temperature = self.args, self.log_temperature.detach().exp()
+        critic_loss = sac_critic_loss(
+            self.critic, self.critic_target, self.actor, temperature, batch, noise[0], a.discount)
+        descend(self.critic_opt, critic_loss)
+        actor_loss, log_prob = sac_actor_loss(
+            self.actor, self.critic, temperature, batch, noise[1])
+        descend(self.actor_opt, actor_loss)
+        descend(self.temperature_opt, sac_temperature_loss(
+            self.log_temperature, log_prob, self.entropy))
+        polyak_update(self.critic_target, self.critic, a.polyak)
+        return {"critic_loss": critic_loss, "actor_loss": actor_loss}
+
+
+ALGORITHMS = {"td3bc": TD3BC, "iql": IQL, "sac": SAC}
+
+
+# -------------------------------------------------------------------------------------- black boxes
+
+
+class Units(NamedTuple):
+    """How networks see a task: states as (s - mean) / std, actions from [low, high] in [-1, 1]."""
+
+    mean: Tensor  # (S,)
+    std: Tensor  # (S,)
+    low: Tensor  # (A,)
+    high: Tensor  # (A,)
+
+    def state(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) / self.std
+
+    def raw_state(self, state: Tensor) -> Tensor:
+        return state * self.std + self.mean
+
+    def action(self, raw: Tensor) -> Tensor:
+        return (raw - (self.high + self.low) / 2) / ((self.high - self.low) / 2)
+
+    def raw_action(self, action: Tensor) -> Tensor:
+        return action * ((self.high - self.low) / 2) + (self.high + self.low) / 2
+
+
+class BlackBox:
+    """Answers "is a at least as good as b in s?", at most `budget` times, and is all OAP sees of it.
+
+    prefer(s, a, b) -> (B,) bool and q(s, a) -> (B,) get the environment's numbers: `units` translates.
+    `q` is None where there are only preferences. Eq. 7 and audits use it, nothing that learns.
+    """
+
+    def __init__(self, prefer: Callable, q: Callable | None, units: Units, budget: float):
+        self.prefer, self.units, self.budget, self.asked, self.audited = prefer, units, budget, 0, 0
+        self.q = q and (lambda state, action: self._raw(q, state, action))
+
+    def __call__(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
+        """Eq. 2: True (B,) where the black box finds `action` at least as good as `other`."""
+        if self.asked + len(state) > self.budget:
+            raise RuntimeError(f"{len(state)} more queries than the {self.asked:,} asked so far exceed"
+                               f" the budget of {self.budget:,}")
+        self.asked += len(state)
+        return self._raw(self.prefer, state, action, other)
+
+    def audit(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
+        """The same outside of the budget and counted apart: nothing that learns may hear it."""
+        self.audited += len(state)
+        return self._raw(self.prefer, state, action, other)
+
+    def _raw(self, function: Callable, state: Tensor, *actions: Tensor) -> Tensor:
+        to_raw = self.units.raw_action
+        return in_chunks(lambda s, *a: function(self.units.raw_state(s), *map(to_raw, a)),
+                         state, *actions)
+
+
+def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
+    """A black box from a file, without executing pickled code, or from "module:function".
+
+    Raises BadInput if it can't be read, has other dimensions, or answers in other shapes or NaN.
+    """
+    q = function = None
+    try:
+        if Path(spec).is_file():
+            q = load_q(spec, units)
+        elif ":" in spec:
+            module, _, name = spec.rpartition(":")
+            sys.path.insert(0, os.getcwd())
+            function = getattr(importlib.import_module(module), name)
+        else:
+            raise BadInput("there is no such file")
+
+        def value(state: Tensor, action: Tensor) -> Tensor:
+            result = q(state, action)
+            if result.shape != state.shape[:1] or not result.isfinite().all():
+                raise BadInput(f"black box {spec}: Q(s, a) must be {len(state)} finite numbers")
+            return result
+
+        def prefer(state: Tensor, action: Tensor, other: Tensor) -> Tensor:
+            if q is not None:
+                return value(state, action) >= value(state, other)
+            answer = np.asarray(function(*(x.cpu().numpy() for x in (state, action, other))))
+            if answer.shape != state.shape[:1] or not np.isin(answer, (0, 1)).all():
+                raise BadInput(f"black box {spec}: the answer must be {len(state)} bools")
+            return torch.as_tensor(answer.astype(bool), device=state.device)
+
+        box = BlackBox(prefer, q and value, units, budget)
+        state, action = units.mean.expand(2, -1), units.low.expand(2, -1)
+        prefer(state, action, action)  # do the dimensions fit? An action against itself tells nothing
+    except Exception as error:  # noqa: BLE001 whatever a user's file or function raises
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(f"black box {spec} for {len(units.mean)} states and {len(units.low)} actions:"
+                       f" {text[-1]}") from error
+    return box
+
+
+def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
+    """Q*(s, a) of raw states and actions, from the three kinds of file, told apart by their content."""
+    device = units.low.device
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any("/code/" in name for name in names):
+            script = torch.jit.load(path, map_location=device).eval()
+            return lambda s, a: script(s, a).reshape(len(s), -1).squeeze(1)
+        stable_baselines3 = "policy.pth" in names
+        if stable_baselines3:
+            if "activation_fn" in str(json.loads(archive.read("data")).get("policy_kwargs")):
+                raise BadInput("only Stable-Baselines3's default activation, ReLU, is read")
+            path = io.BytesIO(archive.read("policy.pth"))
+    saved = torch.load(path, map_location=device, weights_only=True)
+    if not stable_baselines3:
+        units, saved = Units(*saved["units"]), {f"critic.{k}": v for k, v in saved["critic"].items()}
+    critics = []
+    for prefix in sorted({m[0] for m in map(re.compile(r"critic\.(qf\d+|q\d)\.").match, saved) if m}):
+        layers = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        shapes = [v.shape for k, v in layers.items() if k.endswith("weight")]
+        critics.append(mlp(shapes[0][1], *(s[0] for s in shapes)).to(device).requires_grad_(False))
+        critics[-1].load_state_dict(layers)
+
+    def q(state: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([units.state(state), units.action(action)], -1)
+        return torch.cat([critic(x) for critic in critics], -1).amin(-1)
+
+    return q
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+class Data:
+    """Transitions in packed rows on the device: D, the first `offline` ones, then own ones."""
+
+    def __init__(self, capacity: int, state_dim: int, action_dim: int, device: torch.device):
+        self.widths = [state_dim, action_dim, 1, state_dim, 1]
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.state, self.action, self.reward, self.next_state, self.not_done = self.rows.split(
+            self.widths, 1)  # views
+        self.preferred = torch.zeros(capacity, action_dim, device=device)  # ã
+        self.size = self.offline = 0
+
+    def append(
+        self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor, done: Tensor
+    ) -> None:
+        """Adds (n, S), (n, A), (n,), (n, S), (n,) bool, with ã = a as Algorithm 1 begins."""
+        new = slice(self.size, self.size + len(state))
+        self.state[new], self.action[new], self.next_state[new] = state, action, next_state
+        self.reward[new, 0], self.not_done[new, 0] = reward, 1 - done.float()
+        self.preferred[new] = action
+        self.size = new.stop
+
+    def batch(self, index: Tensor) -> Batch:
+        state, action, reward, next_state, not_done = self.rows[index].split(self.widths, 1)
+        return Batch(state, action, reward.squeeze(1), next_state, not_done.squeeze(1),
+                     self.preferred[index])
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """write(a temporary name), then rename: half a file never has the final name."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda part: part.write_text(text))
+
+
+def write_dataset(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """D4RL's hdf5: observations, actions, rewards (float32), terminals, timeouts (bool)."""
+    import h5py
+
+    def write(part: Path) -> None:
+        with h5py.File(part, "w") as file:
+            for key, value in arrays.items():
+                value = value.astype(bool if key in ("terminals", "timeouts") else np.float32)
+                file.create_dataset(key, data=value, compression="gzip")
+
+    write_atomic(path, write)
+
+
+def read_dataset(path: Path, state_dim: int, low: np.ndarray, high: np.ndarray, horizon: int) -> dict:
+    """What d4rl.qlearning_dataset makes of an hdf5 file, and its trajectories' returns.
+
+    Timeout rows and the last row are dropped, as nothing follows them. A terminal row keeps the next
+    episode's first observation, which its target masks. A file without timeouts has one where an
+    episode reaches `horizon`. Raises BadInput for a missing, broken or unfitting file.
+    """
+    import h5py
+
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    try:
+        with h5py.File(path) as file:
+            if missing := set(keys[:4]) - set(file):
+                raise BadInput(f"dataset {path} has no {', '.join(sorted(missing))}")
+            raw = {key: file[key][()] for key in keys if key in file}
+    except OSError as error:
+        reason = f"can't be read: {error}" if Path(path).exists() else "does not exist"
+        raise BadInput(f"dataset {path} {reason}") from error
+    n = len(np.atleast_1d(raw["rewards"]))
+    shapes = {"observations": (n, state_dim), "actions": (n, len(low))}
+    for key, value in raw.items():
+        if value.shape != shapes.get(key, (n,)) or n < 2:
+            raise BadInput(f"dataset {path}: {key} are {value.shape}, not {shapes.get(key, (n,))}")
+        if value.dtype.kind not in "fiub" or not np.isfinite(value).all():
+            raise BadInput(f"dataset {path}: some {key} are not finite numbers")
+    if (raw["actions"] < low - 1e-5).any() or (raw["actions"] > high + 1e-5).any():
+        raise BadInput(f"dataset {path}: some actions are outside of the environment's box")
+    done = raw["terminals"].astype(bool)
+    if "timeouts" in raw:
+        timeout = raw["timeouts"].astype(bool)
+    else:
+        start = np.maximum.accumulate(np.where(np.r_[False, done[:-1]], np.arange(n), 0))
+        timeout = (np.arange(n) - start + (start > 0)) % horizon == horizon - 1
+    keep = np.flatnonzero(~timeout[:-1])
+    ends = np.append(np.flatnonzero((done | timeout)[:-1]), n - 1)
+    trajectory = np.searchsorted(ends, keep)
+    returns = np.bincount(trajectory, raw["rewards"][keep])[np.unique(trajectory)]
+    return {"state": raw["observations"][keep], "action": raw["actions"][keep],
+            "reward": raw["rewards"][keep], "next_state": raw["observations"][keep + 1],
+            "done": done[keep], "returns": returns}
+
+
+def dataset_path(args: argparse.Namespace, task: "Task") -> Path:
+    """--dataset, or a local task's file, or D4RL's, under its official name or the task's."""
+    if args.dataset or task.quality:
+        return Path(args.dataset or expert_folder(args, task) / f"{task.quality}.hdf5")
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    url = d4rl_infos().DATASET_URLS[task.name]
+    paths = [folder / url.rpartition("/")[2], folder / f"{task.name}.hdf5"]
+    return next((path for path in paths if path.is_file()), None) or download(url, paths[0])
+
+
+def download(url: str, path: Path) -> Path:
+    import urllib.request
+
+    from tqdm import tqdm
+
+    print(f"downloading {url} to {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(unit="B", unit_scale=True) as bar:
+        def progress(blocks: int, size: int, total: int) -> None:
+            bar.total = total
+            bar.update(blocks * size - bar.n)
+
+        try:
+            write_atomic(path, lambda part: urllib.request.urlretrieve(url, part, progress))
+        except OSError as error:
+            raise BadInput(f"can't download {url}: {error}. Put the file at {path}, or name it with"
+                           " --dataset") from error
+    return path
+
+
+# ------------------------------------------------------------------------------------- environments
+
+
+class Task(NamedTuple):
+    name: str  # hopper-medium-v2, Hopper-v4:medium
+    domain: str  # gym, antmaze, adroit: a column of DOMAIN_DEFAULTS
+    robot: str  # hopper, antmaze-umaze, Hopper-v4: whose black box fits
+    quality: str | None  # of a local task
+
+
+def parse_task(name: str) -> Task:
+    """Raises BadInput for what is neither a locomotion, AntMaze, pen or door task nor a local one."""
+    robot, colon, quality = name.rpartition(":")
+    if colon and quality not in QUALITIES:
+        raise BadInput(f"{name}: the quality {quality!r} is none of {', '.join(QUALITIES)}")
+    if colon:
+        return Task(name, "gym", robot, quality)
+    for pattern, domain in ((r"(halfcheetah|hopper|walker2d)-.*-v2", "gym"),
+                            (r"(antmaze-(?:umaze|medium|large))-.*v[02]", "antmaze"),
+                            (r"(pen|door)-.*-v1", "adroit")):
+        match = re.fullmatch(pattern, name)
+        if match and name in d4rl_infos().DATASET_URLS:
+            return Task(name, domain, match[1], None)
+    raise BadInput(f"unknown task {name!r}: neither D4RL's (hopper-medium-v2, antmaze-umaze-v0,"
+                   " pen-human-v1, ...) nor GYMNASIUM_ID:QUALITY (Hopper-v4:medium-replay)")
+
+
+def d4rl_infos():
+    """d4rl's module of URLs and reference scores, without d4rl's __init__, which needs mujoco-py."""
+    package = importlib.util.find_spec("d4rl")
+    if package is None:
+        raise BadInput("d4rl is not installed: pip install --no-deps d4rl==1.1")
+    path = Path(package.submodule_search_locations[0], "infos.py")
+    spec = importlib.util.spec_from_file_location("d4rl_infos", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# D4RL's families: Gymnasium's id, and D4RL's horizon. Locomotion is -v4: -v5 changed the rewards.
+# AntMaze is Ant-v5 because its constructor can be told D4RL's observation.
+D4RL_ENVS = {
+    "hopper": ("Hopper-v4", 1000), "walker2d": ("Walker2d-v4", 1000),
+    "halfcheetah": ("HalfCheetah-v4", 1000), "antmaze-umaze": ("Ant-v5", 700),
+    "antmaze-medium": ("Ant-v5", 1000), "antmaze-large": ("Ant-v5", 1000),
+    "pen": ("AdroitHandPen-v1", 100), "door": ("AdroitHandDoor-v1", 200),
+}  # fmt: skip
+# 1 wall, r start, g goal, / next row. `play` and `diverse` differ in their data alone.
+MAZES = {
+    "antmaze-umaze": "11111/1r001/11101/1g001/11111",
+    "antmaze-medium": "11111111/1r011001/10010001/11000111/10010001/10100101/100010g1/11111111",
+    "antmaze-large": "111111111111/1r0001000001/101101010101/100000010001/101111011101"
+                     "/100101000001/110101010111/100100010g01/111111111111",
+}  # fmt: skip
+
+
+def restore_capsules(model, xml_path: str) -> None:
+    """Gives a mujoco.MjModel, compiled from `xml_path`, the inertias MuJoCo 2.1.0 would have compiled.
+
+    Then, a capsule of radius r and cylinder length h weighed and turned like a solid cylinder of
+    length h + r. A compiled model has forgotten densities, `settotalmass` and explicit inertias, so
+    the compiler is asked again, with such cylinders in the file. Contacts stay those of capsules.
+    """
+    import mujoco
+
+    root = ElementTree.parse(xml_path).getroot()
+    for geom in root.iterfind(".//geom[@type='capsule']"):
+        geom.set("type", "cylinder")
+        radius, *half_length = map(float, geom.get("size").split())
+        if half_length:
+            geom.set("size", f"{radius!r} {half_length[0] + radius / 2!r}")
+        else:
+            start, end = np.array(geom.get("fromto").split(), float).reshape(2, 3)
+            tip = (end - start) / np.linalg.norm(end - start) * radius / 2
+            geom.set("fromto", " ".join(map(repr, np.r_[start - tip, end + tip].tolist())))
+    old = mujoco.MjModel.from_xml_string(ElementTree.tostring(root, encoding="unicode"))
+    for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
+        getattr(model, field)[:] = getattr(old, field)
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+
+
+def restore_physics(env) -> None:
+    """Undoes what MuJoCo changed after 2.1.0 for D4RL's robots; leaves other environments alone."""
+    robot = env.spec.name
+    if robot not in {gym_id.rpartition("-")[0] for gym_id, _ in D4RL_ENVS.values()}:
+        return
+    import mujoco
+
+    model, version = env.unwrapped.model, tuple(map(int, mujoco.__version__.split(".")[:2]))
+    if not robot.startswith("Adroit"):  # whose capsules are all in bodies with explicit inertias
+        restore_capsules(model, env.unwrapped.fullpath)
+    if version >= (3, 5):  # a contact's margin became the sum of its two geoms', here all equal
+        model.geom_margin[:] /= 2
+    for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # unknown to, and off in, old releases
+        model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
+    # The last releases that replayed recordings of the original simulator exactly.
+    if version > ((3, 1) if robot == "AdroitHandDoor" else (3, 9)):
+        warnings.warn(f"MuJoCo {mujoco.__version__} is not known to reproduce D4RL's {robot}; 3.1.6"
+                      " does", stacklevel=3)
+
+
+def maze_cells(maze: str, kind: str) -> np.ndarray:
+    """Centres (n, 2) in metres of one kind of a maze's cells, 4 m wide; the start is the origin."""
+    grid = np.array([list(row) for row in maze.split("/")])
+    return 4.0 * (np.argwhere(grid == kind) - np.argwhere(grid == "r"))[:, ::-1]
+
+
+def write_ant_maze(maze: str, path: str) -> None:
+    """D4RL's ant in a maze: Gymnasium's ant differs in the three values set here."""
+    import gymnasium.envs.mujoco
+
+    root = ElementTree.parse(Path(gymnasium.envs.mujoco.__file__).parent / "assets/ant.xml").getroot()
+    root.find("option").set("timestep", "0.02")
+    root.find("default/geom").set("solimp", ".8 .8 .01")
+    for motor in root.iter("motor"):
+        motor.set("gear", "30")  # D4RL: gear 1, and actions in [-1, 1] scaled to controls of +-30
+    for x, y in maze_cells(maze, "1"):
+        block = {"type": "box", "size": "2 2 1", "pos": f"{x} {y} 1", "conaffinity": "1"}
+        ElementTree.SubElement(root.find("worldbody"), "geom", block)
+    ElementTree.ElementTree(root).write(path)
+
+
+def make_env(task: str, physics: str = "exact"):
+    """The gymnasium.Env of a D4RL task, of ID:QUALITY, or of a Gymnasium id, with Box spaces.
+
+    A D4RL task has D4RL's observation, actions, reward, termination, horizon, start and goal.
+    `physics` is "exact" for the robots that D4RL's data came from, "stock" for today's.
+    """
+    import gymnasium as gym
+
+    family = next((name for name in D4RL_ENVS if task.startswith(f"{name}-")), None)
+    gym_id, horizon = D4RL_ENVS.get(family, (task.rpartition(":")[0] or task, None))
+    maze = MAZES.get(family)
+    if gym_id.startswith("AdroitHand"):
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+
+    class D4RLRules(gym.Wrapper):  # here because gymnasium is only imported here
+        """What D4RL's task has and Gymnasium's has not."""
+
+        def reset(self, **kwargs):
+            state, info = self.env.reset(**kwargs)
+            if maze:
+                # MuJoCo 2.1 to 3.1 normalise the noisy start's quaternion in place, 3.3 does not.
+                quaternion = self.unwrapped.data.qpos[3:7]
+                quaternion /= np.linalg.norm(quaternion)
+                state[3:7] = quaternion
+                # As D4RL's v2, also for v0, which drew one goal for a whole process.
+                random = self.unwrapped.np_random
+                self.goal = (maze_cells(maze, "g")[0] + random.uniform(0, 1, 2)
+                             + random.uniform(0, 0.5, 2))
+            return state, info
+
+        def step(self, action):
+            state, reward, terminal, truncated, info = self.env.step(action)
+            if maze:
+                terminal = bool(np.linalg.norm(state[:2] - self.goal) <= 0.5)
+                reward = float(terminal)
+            elif family == "pen":  # dropped; its reward of -5 is there already
+                terminal = bool(state[26] < 0.075)
+            elif family == "door":  # in full: the distance's sign depends on the release
+                hinge, speed = state[28], self.unwrapped.data.qvel
+                reward = (-0.1 * np.linalg.norm(state[35:38]) - 0.1 * (hinge - 1.57) ** 2
+                          - 1e-5 * np.sum(speed**2) + 2 * (hinge > 0.2) + 8 * (hinge > 1.0)
+                          + 10 * (hinge > 1.35))
+            return state, float(reward), terminal, truncated, info
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is out of date")  # D4RL's rewards are -v4's
+        options = {"max_episode_steps": horizon} if family else {}
+        if maze:
+            write_ant_maze(maze, f"{folder}/ant_maze.xml")
+            options |= {"xml_file": f"{folder}/ant_maze.xml", "include_cfrc_ext_in_observation": False,
+                        "exclude_current_positions_from_observation": False}
+        try:
+            env = gym.make(gym_id, disable_env_checker=True, **options)
+        except (gym.error.Error, ModuleNotFoundError) as error:
+            raise BadInput(f"environment {gym_id}: {error}") from error
+        for name, space in (("actions", env.action_space), ("observations", env.observation_space)):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                raise BadInput(f"environment {gym_id}: its {name} are {space}, not a vector (Box)")
+        if not env.action_space.is_bounded():
+            raise BadInput(f"environment {gym_id}: its actions have no bounds")
+        if env.spec.max_episode_steps is None:
+            raise BadInput(f"environment {gym_id}: its episodes have no time limit")
+        if physics == "exact":
+            restore_physics(env)
+    return D4RLRules(env) if family else env
+
+
+def make_envs(task: Task, args: argparse.Namespace):
+    """Copies of the task's environment for evaluation, at most 10, as one vectorised environment."""
+    import gymnasium as gym
+
+    return gym.vector.SyncVectorEnv(
+        [lambda: make_env(task.name, args.physics)] * min(args.eval_episodes, 10))
+
+
+def reference_returns(args: argparse.Namespace, task: Task) -> tuple[float, float]:
+    """The returns that score 0 and 100: d4rl's for its robots, else a random and the expert policy's.
+
+    NaN while a local task has no expert yet.
+    """
+    robot = re.fullmatch(r"(halfcheetah|hopper|walker2d)-v\d", task.robot.lower())
+    if robot or not task.quality:
+        name, infos = f"{robot[1]}-medium-v2" if robot else task.name, d4rl_infos()
+        return infos.REF_MIN_SCORE[name], infos.REF_MAX_SCORE[name]
+    path = expert_folder(args, task) / "scores.json"
+    if args.scheme == "expert" or not path.is_file():
+        return math.nan, math.nan
+    scores = json.loads(path.read_text())
+    return scores["random"], scores["expert"]
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+Policy = Callable[[np.ndarray], np.ndarray]  # raw states (E, S) -> raw actions (E, A)
+
+
+def raw_policy(act: Callable[[Tensor], Tensor], units: Units) -> Policy:
+    """`act`, which speaks the networks' units, for an environment."""
+
+    @torch.no_grad()
+    def policy(state: np.ndarray) -> np.ndarray:
+        state = torch.as_tensor(state, dtype=torch.float32, device=units.low.device)
+        return units.raw_action(act(units.state(state))).cpu().numpy()
+
+    return policy
+
+
+def rollout(envs, policy: Policy, seed: int) -> dict[str, np.ndarray]:
+    """An episode in each of the E environments: D4RL's arrays, one episode after the other.
+
+    Also "returns" (E,), undiscounted.
+    """
+    state, _ = envs.reset(seed=seed)
+    alive, log = np.ones(envs.num_envs, bool), []
+    while alive.any():
+        action = policy(state)
+        next_state, reward, terminal, truncated, _ = envs.step(action)
+        log.append((state, action, reward, terminal, truncated & ~terminal, alive))
+        alive = alive & ~(terminal | truncated)
+        state = next_state
+    *arrays, lived = (np.stack(x, 1) for x in zip(*log, strict=True))  # (E, T, ...)
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    flat = {name: array[lived] for name, array in zip(names, arrays, strict=True)}
+    return flat | {"returns": (arrays[2] * lived).sum(1)}
+
+
+def play(envs, policy: Policy, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rollouts without end, no two with the same seed."""
+    return (rollout(envs, policy, seed + wave * envs.num_envs) for wave in itertools.count())
+
+
+def evaluate(envs, policy: Policy, episodes: int, seed: int) -> np.ndarray:
+    """Returns (episodes,) of whole episodes; nothing random but `seed` decides what they meet."""
+    waves = itertools.islice(play(envs, policy, seed), math.ceil(episodes / envs.num_envs))
+    return np.concatenate([wave["returns"] for wave in waves])[:episodes]
+
+
+def audit(
+    policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, asked: Tensor,
+    black_box: BlackBox, ranknet: nn.Module | None, path: Path,
+) -> dict[str, float]:  # fmt: skip
+    """Figure 6: divergence and value gain Q*(s, π(s)) - Q*(s, a), (N,) each, of all of D, as an npz.
+
+    Returns RankNet's accuracy on samples that were never asked, and the accuracy that always answering
+    "the policy" would have there.
+    """
+    pi = in_chunks(policy, state)
+    prefers_data = black_box.audit(state, action, pi)
+    arrays = {"divergence": divergence(action, pi), "asked": asked, "prefers_data": prefers_data}
+    if black_box.q is not None:
+        arrays["value_gain"] = black_box.q(state, pi) - black_box.q(state, action)
+    arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
+    write_atomic(path, lambda part: np.savez_compressed(part.open("wb"), **arrays))
+    log = {"unasked_prefer_policy": 1 - prefers_data[~asked].float().mean().item()}
+    if ranknet is not None:
+        guess = in_chunks(lambda *x: pseudo_query(ranknet, *x), state, action, pi)
+        log["ranknet_accuracy"] = (guess == prefers_data)[~asked].float().mean().item()
+    return log
+
+
+# ----------------------------------------------------------------------------------------- training
+
+REPLAY = 1_000_000  # own transitions that are sampled where there is no D, the newest (rlkit)
+COLUMNS = (
+    "step", "score", "return", "interactions", "queries", "prefers_policy", "divergence", "bound",
+    "ranknet_loss", "ranknet_accuracy", "unasked_prefer_policy", "audited", "critic_loss",
+    "actor_loss", "value_loss", "updates_per_second", "seconds",
+)  # fmt: skip
+
+
+def load_data(
+    args: argparse.Namespace, task: Task, box, state_dim: int, horizon: int
+) -> tuple[Data, Units, Callable[[float], float], float]:
+    """D, with room for interactions, in the networks' units.
+
+    Also those units, environment's reward -> learner's reward, and D's mean return.
+    """
+    scheme, device = SCHEMES[args.scheme], torch.device(args.device)
+    mean, std, scale, raw = np.zeros(state_dim), np.ones(state_dim), 1.0, {"returns": [math.nan]}
+    if scheme.data:
+        raw = read_dataset(dataset_path(args, task), state_dim, box.low, box.high, horizon)
+        if args.normalize:
+            mean, std = raw["state"].mean(0), raw["state"].std(0) + 1e-3
+        if args.reward_scale:
+            scale = 1000 / max(np.ptp(raw["returns"]), 1e-8)
+    units = Units(*(torch.as_tensor(x, dtype=torch.float32, device=device)
+                    for x in (mean, std, box.low, box.high)))
+    room = int(args.budget) if scheme.budget == "interactions" else 0
+    data = Data(len(raw.get("reward", ())) + room, state_dim, len(box.low), device)
+    if scheme.data:
+        state, action, reward, next_state, done = (
+            torch.as_tensor(raw[k], device=device)
+            for k in ("state", "action", "reward", "next_state", "done"))
+        limit = 1 - 1e-5 if args.algo == "iql" else 1.0
+        data.append(units.state(state), units.action(action).clamp(-limit, limit),
+                    scale * reward + args.reward_shift, units.state(next_state), done)
+        data.offline = data.size
+    return data, units, lambda r: scale * r + args.reward_shift, float(np.mean(raw["returns"]))
+
+
+class Interaction:
+    """The training environment, which only schemes that interact have."""
+
+    def __init__(self, env, units: Units, data: Data, reward: Callable[[float], float], seed: int):
+        self.env, self.units, self.data, self.reward = env, units, data, reward
+        self.state, self.steps, self.timeouts = self._tensor(env.reset(seed=seed)[0]), 0, []
+
+    def _tensor(self, state: np.ndarray) -> Tensor:
+        return self.units.state(torch.as_tensor(state, dtype=torch.float32).to(self.units.low.device))
+
+    @torch.no_grad()
+    def step(self, explore: Callable | None, generator: torch.Generator) -> None:
+        """One step with explore(state, noise), or with a uniformly random action if it is None."""
+        noise = torch.empty(1, len(self.units.low), device=self.units.low.device)
+        if explore is None:
+            action = noise.uniform_(-1, 1, generator=generator)
+        else:
+            action = explore(self.state[None], noise.normal_(generator=generator))  # (1, A)
+        state, reward, terminal, truncated, _ = self.env.step(
+            self.units.raw_action(action)[0].cpu().numpy())
+        state = self._tensor(state)
+        self.data.append(self.state[None], action, torch.tensor([self.reward(reward)]), state[None],
+                         torch.tensor([terminal]))
+        self.timeouts += [self.data.size - 1] * truncated
+        self.state = self._tensor(self.env.reset()[0]) if terminal or truncated else state
+        self.steps += 1
+
+
+class Log:
+    """A run's config.json, progress.csv with a row for each evaluation, and lines on the screen."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace, task: Task, behaviour: float, spec):
+        self.folder, self.rows, self.row = folder, [], dict.fromkeys(COLUMNS, math.nan)
+        self.zero, self.hundred = reference_returns(args, task)
+        self.started, self.evaluating = time.time(), 0.0
+        protocol = {"environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
+                    "episodes": args.eval_episodes, "return_0": self.zero, "return_100": self.hundred,
+                    "behaviour_score": self.score(behaviour)}
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+        versions = {name: importlib.metadata.version(name) for name in
+                    ("torch", "numpy", "gymnasium", "mujoco")} | {"commit": git.stdout.strip()}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.pt").unlink(missing_ok=True)  # with --overwrite: no longer a finished run
+        write_text(folder / "config.json", json.dumps(
+            {"args": vars(args), "protocol": protocol, "versions": versions}, indent=2))
+        print(f"{folder}: " + ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in protocol.items()))
+
+    def score(self, value: float) -> float:
+        """D4RL's normalised score of a return."""
+        return 100 * (value - self.zero) / (self.hundred - self.zero)
+
+    def write(self, step: int, updates: int, value: float, losses: dict[str, Tensor]) -> None:
+        """Completes `row` with the mean return `value`, and writes and prints it."""
+        from tqdm import tqdm
+
+        seconds = time.time() - self.started
+        self.row |= {name: loss.item() for name, loss in losses.items()}
+        self.row |= {"step": step, "return": value, "score": self.score(value),
+                     "seconds": round(seconds, 2),
+                     "updates_per_second": round(step / (seconds - self.evaluating), 1)}
+        for name in losses:
+            if not math.isfinite(self.row[name]):
+                raise BadInput(f"{name} is {self.row[name]} at update {step:,}; the run up to there is"
+                               f" in {self.folder}/progress.csv")
+        self.rows.append(dict(self.row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in self.rows)
+        write_text(self.folder / "progress.csv", text.getvalue())
+        left = datetime.timedelta(seconds=round(seconds / step * (updates - step)))
+        shown = {k: v for k, v in self.row.items() if v == v and v != 0 and k not in COLUMNS[-2:]}
+        tqdm.write(f"left {left}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items()))
+
+
+def read_progress(path: Path) -> list[dict[str, float]]:
+    with path.open() as file:
+        return [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def run_folder(args: argparse.Namespace, task: Task) -> Path:
+    """<out>/<env>/<algo>-<scheme>[-variant]/<seed>; the variant is what is not the scheme's own."""
+    variant = [args.timing] * (args.timing != SCHEMES[args.scheme].timing)
+    variant += ["inf"] * math.isinf(args.budget) + ["no-ranknet"] * (not args.ranknet)
+    name = "-".join([args.algo, args.scheme, *variant] + [args.tag] * bool(args.tag))
+    env = task.robot if args.scheme == "expert" else task.name
+    return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(args.seed))
+
+
+def expert_folder(args: argparse.Namespace, task: Task) -> Path:
+    """The run that made the robot's default black box and a local task's datasets."""
+    return Path(args.out, re.sub(r"[^\w.-]", "-", task.robot), "sac-expert", "0")
+
+
+def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
+    """Trains ID's black box and makes the datasets of ID:QUALITY, if this run lacks any of them."""
+    scheme, folder = SCHEMES[args.scheme], expert_folder(args, task)
+    if not task.quality or args.scheme == "expert":
+        return
+    needed = ["scores.json"] * math.isnan(reference_returns(args, task)[0])
+    needed += ["model.pt"] * ((scheme.budget == "queries" or args.audit) and not args.expert)
+    needed += [f"{task.quality}.hdf5"] * (scheme.data and not args.dataset)
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        print(f"{folder} lacks {', '.join(missing)}: first, SAC trains for {args.expert_steps:,} steps"
+              " there (each line says how long is left)")
+        same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every")
+        train(parse_args(["--scheme=expert", "--overwrite", f"--env={task.name}"] + [
+            f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]))
+
+
+def make_datasets(
+    args: argparse.Namespace, folder: Path, envs, snapshots: list, interaction: Interaction
+) -> None:
+    """D4RL's recipe: the datasets of all QUALITIES, and scores.json, from the history of a SAC run.
+
+    snapshots: (return, samples so far, actor) of each evaluation that was the best so far, and of the
+    last. "medium" is the first that is a third of the way from a random to the final return.
+    """
+    units, size, history = interaction.units, args.dataset_size, interaction.data
+    generator = torch.Generator(units.low.device).manual_seed(args.seed)
+    noise = torch.empty(envs.num_envs, len(units.low), device=units.low.device)
+
+    def collect(act: Callable[[Tensor], Tensor], seed: int) -> dict[str, np.ndarray]:
+        waves, rows = [], 0
+        for wave in play(envs, raw_policy(act, units), seed):
+            waves, rows = [*waves, wave], rows + len(wave["rewards"])
+            if rows >= size:
+                return {k: np.concatenate([w[k] for w in waves])[:size] for k in wave}
+
+    def sampling(actor: SquashedActor) -> Callable[[Tensor], Tensor]:
+        return lambda state: actor.sample(state, noise.normal_(generator=generator))[0]
+
+    last = snapshots[-1][2]
+    final = evaluate(envs, raw_policy(last, units), 100, seed=10**6).mean()
+    random = collect(lambda state: noise.uniform_(-1, 1, generator=generator), seed=2 * 10**6)
+    zero = random.pop("returns").mean()
+    if final <= zero:
+        raise BadInput(f"SAC's return is {final:.1f} after {args.steps:,} steps, a random policy's"
+                       f" {zero:.1f}: it has not learned; raise --expert-steps")
+    third = zero + (final - zero) / 3
+    _, samples, actor = next((s for s in snapshots if s[0] >= third), snapshots[-1])
+    medium, expert = collect(sampling(actor), 3 * 10**6), collect(sampling(last), 4 * 10**6)
+    scores = {"random": zero, "medium": medium.pop("returns").mean(), "expert": final,
+              "medium_steps": samples, "expert_steps": args.steps}
+    expert.pop("returns")
+    both = {k: np.concatenate([medium[k][: size // 2], expert[k][: size // 2]]) for k in medium}
+    both["timeouts"][size // 2 - 1] = True  # nothing follows the first half's last row
+    replay = {k: v[:samples].cpu().numpy() for k, v in {
+        "observations": units.raw_state(history.state), "actions": units.raw_action(history.action),
+        "rewards": history.reward[:, 0], "terminals": history.not_done[:, 0] == 0,
+        "timeouts": torch.isin(torch.arange(samples), torch.tensor(interaction.timeouts)),
+    }.items()}  # fmt: skip
+    for quality, arrays in zip(QUALITIES, (random, medium, replay, both, expert), strict=True):
+        write_dataset(folder / f"{quality}.hdf5", arrays)
+    write_text(folder / "scores.json", json.dumps(scores, indent=2))
+
+
+def train(args: argparse.Namespace) -> list[dict[str, float]]:
+    """One run of one scheme: Algorithm 1 with `--scheme oap`. Returns the rows of progress.csv.
+
+    Raises BadInput, before anything is written, if arguments, files and environment don't fit.
+    """
+    from tqdm import tqdm
+
+    task, scheme, device = parse_task(args.env), SCHEMES[args.scheme], torch.device(args.device)
+    folder, asks = run_folder(args, task), scheme.budget == "queries"
+    if (folder / "model.pt").is_file() and not args.overwrite:
+        print(f"{folder} is finished (--overwrite runs it again)")
+        return read_progress(folder / "progress.csv")
+    envs = make_envs(task, args)
+    spec, box = envs.get_attr("spec")[0], envs.single_action_space
+    S, A = envs.single_observation_space.shape[0], box.shape[0]
+    prepare_local_task(args, task)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    data, units, reward, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
+    updates = args.steps + args.finetune_steps * scheme.finetune
+    with device:
+        agent = ALGORITHMS[args.algo](S, A, args, updates)
+        ranknet = RankNet(S, A) if asks and args.ranknet else None
+    ranknet_opt = adam(ranknet, args.lr) if ranknet else None
+    black_box = interaction = None
+    if asks or args.audit:
+        spec_or_file = args.expert or str(expert_folder(args, task) / "model.pt")
+        black_box = load_black_box(spec_or_file, units, args.budget if asks else 0)
+    if scheme.budget == "interactions":
+        env = make_env(task.name, args.physics)
+        interaction = Interaction(env, units, data, reward, args.seed)
+    log, losses, snapshots = Log(folder, args, task, behaviour, spec), {}, []
+    policy, queries = raw_policy(agent.act, units), QueryDataset(data.offline, A, device)
+    d = (data.state[: data.offline], data.action[: data.offline])  # (N, S), (N, A)
+    interval, start, stop = args.interval, 0, args.steps
+    if args.timing == "ft":
+        interval, start, stop = args.steps, args.steps, updates
+    random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
+
+    for step in tqdm(range(1, updates + 1), disable=None, unit=" updates", smoothing=0.05):
+        while interaction and interaction.steps < max(
+                due(step, args.budget, start, stop), random_steps):
+            warm = interaction.steps >= random_steps
+            interaction.step(agent.explore if warm else None, generator)
+        oldest = 0 if scheme.data else max(0, data.size - REPLAY)
+        index = torch.randint(
+            oldest, data.size, (args.batch_size,), generator=generator, device=device)
+        noise = torch.randn(2, args.batch_size, A, generator=generator, device=device)
+        losses |= agent.update(data.batch(index), noise, step)
+
+        asking = asks and step <= args.steps and step % interval == 0
+        if asking:
+            count = min(due(step, args.budget, 0, args.steps) - black_box.asked, data.offline)
+            log.row |= oap_round(agent.act, *d, data.preferred, count, queries, black_box, ranknet,
+                                 ranknet_opt, args.ranknet_epochs, generator)
+        if args.audit and (asking or step % args.interval == 0 or step == updates):
+            log.row |= audit(agent.act, *d, queries.asked, black_box, ranknet,
+                             folder / f"audit-{step}.npz")
+        if asking or step % args.eval_every == 0 or step == updates:
+            started = time.time()
+            seed = 10**9 * (args.seed + 1) + 1000 * step
+            returns = evaluate(envs, policy, args.eval_episodes, seed)
+            log.evaluating += time.time() - started
+            log.row |= {"interactions": interaction.steps} if interaction else {}
+            log.row |= {"queries": black_box.asked, "audited": black_box.audited} if black_box else {}
+            log.write(step, updates, float(returns.mean()), losses)
+            if args.scheme == "expert" and (
+                    step == updates or not snapshots or returns.mean() > snapshots[-1][0]):
+                snapshots.append((returns.mean(), data.size, copy.deepcopy(agent.actor)))
+    if args.scheme == "expert" and task.quality:
+        make_datasets(args, folder, envs, snapshots, interaction)
+    saved = {"algo": args.algo, "env": args.env, "units": list(units),
+             "actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
+    write_atomic(folder / "model.pt", lambda part: torch.save(saved, part))  # last: marks the end
+    print(f"{folder}: score {final_score(log.rows):.1f}, the mean of the last 10 evaluations")
+    return log.rows
+
+
+def final_score(rows: list[dict[str, float]]) -> float:
+    """The paper's number: the mean of the final 10 evaluations."""
+    return float(np.mean([row["score"] for row in rows[-10:]]))
+
+
+# --------------------------------------------------------------------------------------------- main
+
+DEMO = ("--env Pendulum-v1:medium --expert-steps 5000 --dataset-size 5000 --eval-every 500 --audit"
+        " --budget 1000 --interval 1000 --ranknet-epochs 10 --finetune-steps 1000 --out runs/demo")
+
+
+def demo() -> None:
+    """OAP against the offline scheme, for as many updates, and a black box trained for it."""
+    oap = [*DEMO.split(), "--scheme=oap", "--steps=5000"]
+    offline = [*DEMO.split(), "--scheme=offline", "--steps=6000"]
+    for argv in (oap, offline):
+        print(f"python oap.py {' '.join(argv)}")
+    runs = {"offline": train(parse_args(offline)), "OAP": train(parse_args(oap))}
+    last = runs["OAP"][-1]
+    config = json.loads((run_folder(parse_args(oap), parse_task(oap[1])) / "config.json").read_text())
+    table = {
+        "score of the behaviour data": config["protocol"]["behaviour_score"],
+        **{f"score of {name}": final_score(rows) for name, rows in runs.items()},
+        "queries used": last["queries"],
+        "answers that preferred the policy, last round": last["prefers_policy"],
+        "RankNet's accuracy on samples never asked": last["ranknet_accuracy"],
+        "accuracy of always answering \"policy\"": last["unasked_prefer_policy"],
+    }  # fmt: skip
+    print("\n".join(f"{name:<50}{value:>9,.4g}" for name, value in table.items()))
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Arguments with all defaults in place. Raises BadInput."""
+    args = build_parser().parse_args(argv)
+    task, scheme = parse_task(args.env), SCHEMES[args.scheme]
+    if args.scheme == "expert":
+        args.algo, args.steps, args.budget = "sac", args.expert_steps, args.expert_steps
+    defaults = {name: column[task.domain] for name, column in DOMAIN_DEFAULTS.items()} | {
+        "timing": scheme.timing, "normalize": args.algo == "td3bc" and scheme.data,
+        "reward_scale": args.algo == "iql" and task.domain == "gym" and not task.quality}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if scheme.budget == "interactions" and math.isinf(args.budget):
+        raise BadInput("--budget inf: interactions need a number")
+    if scheme.budget == "queries" and args.timing == "interval" and args.interval > args.steps:
+        raise BadInput(f"--interval {args.interval} is above --steps {args.steps}: no query is asked")
+    if args.timing == "ft" and not scheme.finetune:
+        raise BadInput(f"--timing ft: {args.scheme} has no second phase")
+    if args.audit and not scheme.data:
+        raise BadInput(f"--audit compares with D, and {args.scheme} has none")
+    try:
+        cuda = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = str(torch.empty(0, device=cuda if args.device == "auto" else args.device).device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        train(parse_args(argv)) if argv else demo()
+        return 0
+    except KeyboardInterrupt:
+        message = "interrupted; an unfinished run starts anew next time"
+    except (BadInput, OSError) as error:
+        message = f"error: {error}"
+    print(f"oap.py: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
