@@ -12,19 +12,19 @@ which of two actions is better in a state of the dataset: the recorded one or th
     let ã_i = a_i; for t = 1 .. N_train:                              Data.append, train
         update the policy by Eq. 6                                    TD3BC.update, IQL.update
         if t mod M_inter = 0:                                         train, then oap_round:
-            select K·M_inter/N_train samples, most divergent first    due, divergence, select_queries
+            select K·M_inter/N_train samples by divergence            due, divergence, select_queries
             ask the black box (Eq. 2), add the answers to D_q         BlackBox, QueryDataset
             train RankNet on D_q (Eq. 3)                              train_ranknet, ranknet_loss
             answer for all the others with RankNet (Eq. 4)            pseudo_query
     Eq. 5 is Eq. 6 with ã = a.  Eq. 6: td3bc_actor_loss, iql_actor_loss.  Eq. 7: improvement_bound.
 
-What the paper leaves open, and how it is closed here (D: a departure from what it prints):
+What the paper leaves open, and what is done here:
  1. l_i is summed over action dimensions, for the deterministic policy (IQL: the Gaussian's mean).
- 2. A round that may ask more samples than were never asked asks the most divergent asked ones again,
+ 2. A round that may ask more samples than were never asked asks the most divergent others again,
     about the current policy's action; no sample twice in one round, which would tell nothing.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
- 4. ã is frozen between rounds: the policy's action as it was when it was preferred. An asked sample
-    keeps the black box's answer; in every round RankNet answers anew for all the others.
+ 4. ã is frozen between rounds: the policy's action as it was when it was preferred. Asked samples
+    keep the black box's answer; in every round RankNet answers anew for all the others.
  5. RankNet goes on training from round to round, with Adam at 3e-4 in batches of 256, for the 100
     epochs of Table 5 (Algorithm 1: "until convergence"). It sees states as the policy does.
  6. IQL, for which Eq. 6 is not printed: ã replaces a in the advantage-weighted regression, in the
@@ -134,34 +134,33 @@ def build_parser() -> argparse.ArgumentParser:
     # what runs
     add("--env", required=True, help="a D4RL task, or GYMNASIUM_ID:QUALITY, QUALITY one of "
         + ", ".join(QUALITIES))
-    add("--scheme", choices=SCHEMES, default="oap", help="a column of Table 2; expert trains a black box")
+    add("--scheme", choices=SCHEMES, default="oap", help="Table 2's columns; or train a black box")
     add("--algo", choices=("td3bc", "iql"), default="td3bc", help="what the scheme trains with")
     add("--seed", type=number(0, 2**31 - 1, whole=True), default=0, help="of all that is random")
-    add("--expert", help="the black box: this program's model.pt, a Stable-Baselines3 SAC or TD3 zip,"
-        " a TorchScript Q(s, a), or module:function")
+    add("--expert", help="the black box: a run's model.pt, a Stable-Baselines3 SAC or TD3 zip, a"
+        " TorchScript Q(s, a), or module:function")
     add("--dataset", help="hdf5 file in D4RL's format instead of the task's own")
     add("--out", default="runs", help="folder of all runs")
     add("--tag", default="", help="appended to the name of the run's folder")
     add("--overwrite", action="store_true", help="run again what is finished")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--physics", choices=("exact", "stock"), default="exact", help="the MuJoCo of D4RL's data, or"
-        " the installed one")
+    add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
     # the scheme
     add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
     add("--finetune-steps", type=count, default=100_000, help="updates of the second (o2o, oap)")
     add("--budget", type=budget, default=100_000, help="queries or interactions, K; inf: no limit")
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
-    add("--timing", choices=("interval", "ft"), help="Figure 7's variants; default: the scheme's own")
+    add("--timing", choices=("interval", "ft"), help="Figure 7; default: the scheme's own")
     add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/RN) has none")
     add("--ranknet-epochs", type=count, default=100, help="in every round")
-    add("--audit", action="store_true", help="at every interval, compare all of D with the black box,"
-        " outside of the budget: RankNet's accuracy, and Figure 6's data in an npz")
+    add("--audit", action="store_true", help="every interval, ask about all of D outside of the"
+        " budget: RankNet's accuracy, and Figure 6's data in an npz")
     # the protocol
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
     add("--eval-episodes", type=count, help="per evaluation")
     add("--normalize", action=switch, help="states to mean 0, deviation 1; default: for td3bc")
     add("--reward-shift", type=float, help="added to rewards")
-    add("--reward-scale", action=switch, help="IQL's scaling; default: for iql on D4RL's locomotion")
+    add("--reward-scale", action=switch, help="IQL's, of locomotion; default: for iql")
     add("--expert-steps", type=count, default=3_000_000, help="SAC's steps, for --scheme expert")
     add("--dataset-size", type=number(100, whole=True), default=1_000_000, help="of local tasks")
     # every algorithm
@@ -169,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=positive, default=3e-4, help="Adam's learning rate for every network")
     add("--discount", type=fraction, default=0.99)
     add("--polyak", type=fraction, default=0.005, help="target networks' rate")
-    add("--random-steps", type=count, default=1_000, help="random actions first, where there is no D")
+    add("--random-steps", type=count, default=1_000, help="random actions first, if without D")
     # TD3+BC
     add("--td3bc-alpha", type=positive, help="weight of Q, Table 5's λ")
     add("--policy-noise", type=number(0), default=0.2, help="deviation of the target's noise")
@@ -220,7 +219,7 @@ def divergence(action: Tensor, policy_action: Tensor) -> Tensor:
 
 
 def select_queries(divergence: Tensor, asked: Tensor, count: int) -> Tensor:
-    """Indices (min(count, N),) of what to ask: first what never was (Table 5), most divergent first.
+    """Indices (min(count, N),) of what to ask: never asked first (Table 5), then most divergent.
 
     divergence (N,), asked (N,) bool. Of equals, the lower index comes first.
     """
@@ -233,24 +232,22 @@ class RankNet(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int):
         super().__init__()
-        self.net = mlp(state_dim + action_dim, 512, 256, 1, dropout=0.5)
+        self.net = MLP(state_dim + action_dim, 512, 256, 1, dropout=0.5)
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
-        return self.net(torch.cat([state, action], -1)).squeeze(-1)  # (B,)
+        return self.net(state, action).squeeze(-1)  # (B,)
 
 
-def ranknet_loss(
-    ranknet: nn.Module, state: Tensor, action: Tensor, policy_action: Tensor, prefers_data: Tensor
-) -> Tensor:
+def ranknet_loss(ranknet: nn.Module, state: Tensor, action: Tensor, policy_action: Tensor,
+                 prefers_data: Tensor) -> Tensor:
     """Eq. 3, the cross entropy of P = sigmoid(f(s, a) - f(s, π(s))) to P̄ = prefers_data (B,)."""
     o = ranknet(state, action) - ranknet(state, policy_action)  # (B,)
     return F.binary_cross_entropy_with_logits(o, prefers_data.to(o.dtype))
 
 
-def train_ranknet(
-    ranknet: nn.Module, optimizer: torch.optim.Optimizer, pairs: tuple[Tensor, ...], epochs: int,
-    batch_size: int = 256, generator: torch.Generator | None = None,
-) -> float:  # fmt: skip
+def train_ranknet(ranknet: nn.Module, optimizer: torch.optim.Optimizer, pairs: tuple[Tensor, ...],
+                  epochs: int, batch_size: int = 256,
+                  generator: torch.Generator | None = None) -> float:
     """Descends Eq. 3 on D_q = (state, action, policy_action, prefers_data) of M rows each.
 
     Returns the last epoch's mean loss, in nats: log 2 is what guessing costs.
@@ -278,7 +275,7 @@ def improvement_bound(q: Callable, state: Tensor, action: Tensor, preferred: Ten
 
 
 class QueryDataset:
-    """D_q = {(s_k, a_k, π^k(s_k), ã_k)}: rows of D, what the policy did there then, the answers."""
+    """D_q = {(s_k, a_k, π^k(s_k), ã_k)}: rows of D, the policy's actions then, the answers."""
 
     def __init__(self, size: int, action_dim: int, device: torch.device):
         self.asked = torch.zeros(size, dtype=torch.bool, device=device)  # (N,), over D
@@ -293,11 +290,10 @@ class QueryDataset:
         self.prefers_data = torch.cat([self.prefers_data, prefers_data])
 
 
-def oap_round(
-    policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, preferred: Tensor, count: int,
-    queries: QueryDataset, black_box: "BlackBox", ranknet: nn.Module | None,
-    optimizer: torch.optim.Optimizer | None, epochs: int, generator: torch.Generator | None = None,
-) -> dict[str, float]:  # fmt: skip
+def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, preferred: Tensor,
+              count: int, queries: QueryDataset, black_box: "BlackBox", ranknet: nn.Module | None,
+              optimizer: torch.optim.Optimizer | None, epochs: int,
+              generator: torch.Generator | None = None) -> dict[str, float]:
     """The body of Algorithm 1's `if`: asks `count` samples and sets D's ã = `preferred`, in place.
 
     state (N, S), action (N, A), preferred (N, A). Without `ranknet`, unasked samples keep their ã.
@@ -327,12 +323,17 @@ def oap_round(
 # ----------------------------------------------------------------------------------------- networks
 
 
-def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
+class MLP(nn.Sequential):
     """Linear layers of these widths; ReLU, then dropout if any, between them."""
-    layers: list[nn.Module] = []
-    for i, o in itertools.pairwise(sizes[:-1]):
-        layers += [nn.Linear(i, o), nn.ReLU()] + [nn.Dropout(dropout)] * (dropout > 0)
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+    def __init__(self, *sizes: int, dropout: float = 0.0):
+        layers: list[nn.Module] = []
+        for i, o in itertools.pairwise(sizes[:-1]):
+            layers += [nn.Linear(i, o), nn.ReLU()] + [nn.Dropout(dropout)] * (dropout > 0)
+        super().__init__(*layers, nn.Linear(*sizes[-2:]))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(torch.cat(inputs, -1))
 
 
 class Critic(nn.Module):
@@ -340,26 +341,11 @@ class Critic(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int):
         super().__init__()
-        self.q1 = mlp(state_dim + action_dim, 256, 256, 1)
-        self.q2 = mlp(state_dim + action_dim, 256, 256, 1)
+        self.q1 = MLP(state_dim + action_dim, 256, 256, 1)
+        self.q2 = MLP(state_dim + action_dim, 256, 256, 1)
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([state, action], -1)
-        return torch.cat([self.q1(x), self.q2(x)], -1)  # (B, 2)
-
-    def first(self, state: Tensor, action: Tensor) -> Tensor:
-        return self.q1(torch.cat([state, action], -1)).squeeze(-1)  # (B,)
-
-
-class Value(nn.Module):
-    """IQL's V(s)."""
-
-    def __init__(self, state_dim: int):
-        super().__init__()
-        self.net = mlp(state_dim, 256, 256, 1)
-
-    def forward(self, state: Tensor) -> Tensor:
-        return self.net(state).squeeze(-1)  # (B,)
+        return torch.cat([self.q1(state, action), self.q2(state, action)], -1)  # (B, 2)
 
 
 class DeterministicActor(nn.Module):
@@ -367,7 +353,7 @@ class DeterministicActor(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int):
         super().__init__()
-        self.net = mlp(state_dim, 256, 256, action_dim)
+        self.net = MLP(state_dim, 256, 256, action_dim)
 
     def forward(self, state: Tensor) -> Tensor:
         return self.net(state).tanh()  # (B, A)
@@ -378,7 +364,7 @@ class GaussianActor(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, dropout: float):
         super().__init__()
-        self.net = mlp(state_dim, 256, 256, action_dim, dropout=dropout)
+        self.net = MLP(state_dim, 256, 256, action_dim, dropout=dropout)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, state: Tensor) -> Tensor:
@@ -397,7 +383,7 @@ class SquashedActor(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int):
         super().__init__()
-        self.net = mlp(state_dim, 256, 256, 2 * action_dim)
+        self.net = MLP(state_dim, 256, 256, 2 * action_dim)
 
     def forward(self, state: Tensor) -> Tensor:
         return self.net(state).chunk(2, -1)[0].tanh()  # (B, A), without noise
@@ -436,15 +422,14 @@ def polyak_update(target: nn.Module, net: nn.Module, polyak: float) -> None:
 
 # ---------------------------------------------------------------------- TD3+BC, IQL, SAC: one shape
 #
-# act(state): the policy that is evaluated and compared. explore(state, noise): it, interacting.
-# update(batch, noise, step): one update of everything; returns losses. But for dropout, all chance
-# is in `noise` (2, B, A), standard normal.
+# actor(state) is the deterministic policy: what is evaluated, and compared with the data's actions.
+# explore(state, noise) interacts. update(batch, noise, step) updates everything and returns losses.
+# But for dropout, all that is random in an update is `noise` (2, B, A), standard normal.
 
 
-def td3bc_critic_loss(
-    critic: nn.Module, critic_target: nn.Module, actor_target: nn.Module, batch: Batch,
-    noise: Tensor, discount: float, policy_noise: float, noise_clip: float,
-) -> Tensor:  # fmt: skip
+def td3bc_critic_loss(critic: nn.Module, critic_target: nn.Module, actor_target: nn.Module,
+                      batch: Batch, noise: Tensor, discount: float, policy_noise: float,
+                      noise_clip: float) -> Tensor:
     """TD3's squared Bellman error (Fujimoto et al. 2018), summed over both Q."""
     with torch.no_grad():
         noise = (noise * policy_noise).clamp(-noise_clip, noise_clip)
@@ -457,7 +442,7 @@ def td3bc_critic_loss(
 def td3bc_actor_loss(actor: nn.Module, critic: Critic, batch: Batch, alpha: float) -> Tensor:
     """Eq. 6 as a loss: -λ Q(s, π(s)) + (π(s) - ã)², with λ = alpha / mean|Q|."""
     action = actor(batch.state)
-    q = critic.first(batch.state, action)
+    q = critic.q1(batch.state, action)  # (B, 1)
     weight = alpha / q.abs().mean().detach()
     return -weight * q.mean() + ((action - batch.preferred) ** 2).mean()
 
@@ -472,9 +457,6 @@ class TD3BC(nn.Module):
         self.critic = Critic(state_dim, action_dim)
         self.actor_target, self.critic_target = target_of(self.actor), target_of(self.critic)
         self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
-
-    def act(self, state: Tensor) -> Tensor:
-        return self.actor(state)
 
     def explore(self, state: Tensor, noise: Tensor) -> Tensor:
         return (self.actor(state) + self.args.exploration_noise * noise).clamp(-1, 1)
@@ -494,30 +476,30 @@ class TD3BC(nn.Module):
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
 
-def iql_value_loss(
-    value: nn.Module, critic_target: nn.Module, batch: Batch, expectile: float
-) -> Tensor:
+def iql_value_loss(value: nn.Module, critic_target: nn.Module, batch: Batch,
+                   expectile: float) -> Tensor:
     """V(s) as an upper expectile of Q(s, a) over the data's actions (IQL's Eq. 5)."""
     with torch.no_grad():
         q = critic_target(batch.state, batch.action).amin(-1)
-    error = q - value(batch.state)  # (B,)
+    error = q - value(batch.state).squeeze(-1)  # (B,)
     return (torch.where(error > 0, expectile, 1 - expectile) * error**2).mean()
 
 
-def iql_actor_loss(
-    actor: GaussianActor, value: nn.Module, critic_target: nn.Module, batch: Batch, beta: float
-) -> Tensor:
+def iql_actor_loss(actor: GaussianActor, value: nn.Module, critic_target: nn.Module, batch: Batch,
+                   beta: float) -> Tensor:
     """Advantage-weighted regression (IQL's Eq. 7) towards ã: OAP's Eq. 6 for IQL (point 6)."""
     with torch.no_grad():
-        advantage = critic_target(batch.state, batch.preferred).amin(-1) - value(batch.state)
-        weight = (beta * advantage).exp().clamp(max=100)  # (B,)
+        q = critic_target(batch.state, batch.preferred).amin(-1)
+        advantage = q - value(batch.state).squeeze(-1)  # (B,)
+        weight = (beta * advantage).exp().clamp(max=100)
     return -(weight * actor.log_prob(batch.state, batch.preferred)).mean()
 
 
 def iql_critic_loss(critic: nn.Module, value: nn.Module, batch: Batch, discount: float) -> Tensor:
     """Squared Bellman error with V, so without any action of the policy (IQL's Eq. 6)."""
     with torch.no_grad():
-        target = batch.reward + discount * batch.not_done * value(batch.next_state)  # (B,)
+        next_value = value(batch.next_state).squeeze(-1)
+        target = batch.reward + discount * batch.not_done * next_value  # (B,)
     return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
 
 
@@ -527,17 +509,14 @@ class IQL(nn.Module):
     def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
         super().__init__()
         self.args = args
-        self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout)
-        self.critic, self.value = Critic(state_dim, action_dim), Value(state_dim)
+        self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout).eval()
+        self.critic, self.value = Critic(state_dim, action_dim), MLP(state_dim, 256, 256, 1)
         self.critic_target, self.value_opt = target_of(self.critic), adam(self.value, args.lr)
         self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
         self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_opt, updates)
 
-    def act(self, state: Tensor) -> Tensor:
-        return self.actor.eval()(state)
-
     def explore(self, state: Tensor, noise: Tensor) -> Tensor:
-        return (self.act(state) + self.actor.std() * noise).clamp(-1, 1)
+        return (self.actor(state) + self.actor.std() * noise).clamp(-1, 1)
 
     def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
         a = self.args
@@ -546,6 +525,7 @@ class IQL(nn.Module):
         actor_loss = iql_actor_loss(
             self.actor.train(), self.value, self.critic_target, batch, a.iql_beta)
         descend(self.actor_opt, actor_loss)
+        self.actor.eval()  # no dropout where it acts or is compared
         self.decay.step()
         critic_loss = iql_critic_loss(self.critic, self.value, batch, a.discount)
         descend(self.critic_opt, critic_loss)
@@ -553,10 +533,8 @@ class IQL(nn.Module):
         return {"critic_loss": critic_loss, "actor_loss": actor_loss, "value_loss": value_loss}
 
 
-def sac_critic_loss(
-    critic: nn.Module, critic_target: nn.Module, actor: SquashedActor, temperature: Tensor,
-    batch: Batch, noise: Tensor, discount: float,
-) -> Tensor:  # fmt: skip
+def sac_critic_loss(critic: nn.Module, critic_target: nn.Module, actor: SquashedActor,
+                    temperature: Tensor, batch: Batch, noise: Tensor, discount: float) -> Tensor:
     """Squared soft Bellman error, summed over both Q."""
     with torch.no_grad():
         next_action, log_prob = actor.sample(batch.next_state, noise)
@@ -565,9 +543,8 @@ def sac_critic_loss(
     return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
 
 
-def sac_actor_loss(
-    actor: SquashedActor, critic: nn.Module, temperature: Tensor, batch: Batch, noise: Tensor
-) -> tuple[Tensor, Tensor]:
+def sac_actor_loss(actor: SquashedActor, critic: nn.Module, temperature: Tensor, batch: Batch,
+                   noise: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and the sampled actions' log-probabilities (B,)."""
     action, log_prob = actor.sample(batch.state, noise)
     return (temperature * log_prob - critic(batch.state, action).amin(-1)).mean(), log_prob
@@ -584,14 +561,12 @@ class SAC(nn.Module):
     def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
         super().__init__()
         self.args, self.entropy = args, -action_dim
-        self.actor, self.critic = SquashedActor(state_dim, action_dim), Critic(state_dim, action_dim)
+        self.actor = SquashedActor(state_dim, action_dim)
+        self.critic = Critic(state_dim, action_dim)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.critic_target = target_of(self.critic)
         self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
         self.temperature_opt = torch.optim.Adam([self.log_temperature], lr=args.lr, fused=True)
-
-    def act(self, state: Tensor) -> Tensor:
-        return self.actor(state)
 
     def explore(self, state: Tensor, noise: Tensor) -> Tensor:
         return self.actor.sample(state, noise)[0]
@@ -638,9 +613,9 @@ class Units(NamedTuple):
 
 
 class BlackBox:
-    """Answers "is a at least as good as b in s?", at most `budget` times, and is all OAP sees of it.
+    """Answers "is a at least as good as b in s?" at most `budget` times: all that OAP sees of it.
 
-    prefer(s, a, b) -> (B,) bool and q(s, a) -> (B,) get the environment's numbers: `units` translates.
+    prefer(s, a, b) -> (B,) bool and q(s, a) -> (B,) see the environment's numbers, as `units` says.
     `q` is None where there are only preferences. Eq. 7 and audits use it, nothing that learns.
     """
 
@@ -651,8 +626,7 @@ class BlackBox:
     def __call__(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
         """Eq. 2: True (B,) where the black box finds `action` at least as good as `other`."""
         if self.asked + len(state) > self.budget:
-            raise RuntimeError(f"{len(state)} more queries than the {self.asked:,} asked so far exceed"
-                               f" the budget of {self.budget:,}")
+            raise RuntimeError(f"{self.asked:,} + {len(state):,} queries are over {self.budget:,}")
         self.asked += len(state)
         return self._raw(self.prefer, state, action, other)
 
@@ -686,7 +660,7 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
         def value(state: Tensor, action: Tensor) -> Tensor:
             result = q(state, action)
             if result.shape != state.shape[:1] or not result.isfinite().all():
-                raise BadInput(f"black box {spec}: Q(s, a) must be {len(state)} finite numbers")
+                raise BadInput(f"Q(s, a) must be {len(state)} finite numbers")
             return result
 
         def prefer(state: Tensor, action: Tensor, other: Tensor) -> Tensor:
@@ -694,21 +668,21 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
                 return value(state, action) >= value(state, other)
             answer = np.asarray(function(*(x.cpu().numpy() for x in (state, action, other))))
             if answer.shape != state.shape[:1] or not np.isin(answer, (0, 1)).all():
-                raise BadInput(f"black box {spec}: the answer must be {len(state)} bools")
+                raise BadInput(f"the answer must be {len(state)} bools")
             return torch.as_tensor(answer.astype(bool), device=state.device)
 
         box = BlackBox(prefer, q and value, units, budget)
         state, action = units.mean.expand(2, -1), units.low.expand(2, -1)
-        prefer(state, action, action)  # do the dimensions fit? An action against itself tells nothing
+        prefer(state, action, action)  # shows if the dimensions fit, and nothing about actions
     except Exception as error:  # noqa: BLE001 whatever a user's file or function raises
         text = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadInput(f"black box {spec} for {len(units.mean)} states and {len(units.low)} actions:"
-                       f" {text[-1]}") from error
+        raise BadInput(f"black box {spec}, for {len(units.mean)}-dimensional states and"
+                       f" {len(units.low)}-dimensional actions: {text[-1]}") from error
     return box
 
 
 def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
-    """Q*(s, a) of raw states and actions, from the three kinds of file, told apart by their content."""
+    """Q*(s, a) of raw states and actions from a file, whose content tells the three kinds apart."""
     device = units.low.device
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -720,21 +694,19 @@ def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
             if "activation_fn" in str(json.loads(archive.read("data")).get("policy_kwargs")):
                 raise BadInput("only Stable-Baselines3's default activation, ReLU, is read")
             path = io.BytesIO(archive.read("policy.pth"))
+            units = units._replace(mean=units.mean * 0, std=units.std * 0 + 1)  # raw states
     saved = torch.load(path, map_location=device, weights_only=True)
     if not stable_baselines3:
-        units, saved = Units(*saved["units"]), {f"critic.{k}": v for k, v in saved["critic"].items()}
+        units = Units(*saved["units"])
+        saved = {f"critic.{k}": v for k, v in saved["critic"].items()}
     critics = []
-    for prefix in sorted({m[0] for m in map(re.compile(r"critic\.(qf\d+|q\d)\.").match, saved) if m}):
-        layers = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-        shapes = [v.shape for k, v in layers.items() if k.endswith("weight")]
-        critics.append(mlp(shapes[0][1], *(s[0] for s in shapes)).to(device).requires_grad_(False))
+    for name in sorted({key[:key.index(".", 7) + 1] for key in saved if key.startswith("critic.")}):
+        layers = {k.removeprefix(name): v for k, v in saved.items() if k.startswith(name)}
+        widths = [v.shape for k, v in layers.items() if k.endswith("weight")]
+        critics.append(MLP(widths[0][1], *(w[0] for w in widths)).to(device).requires_grad_(False))
         critics[-1].load_state_dict(layers)
-
-    def q(state: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([units.state(state), units.action(action)], -1)
-        return torch.cat([critic(x) for critic in critics], -1).amin(-1)
-
-    return q
+    return lambda s, a: torch.cat(
+        [critic(units.state(s), units.action(a)) for critic in critics], -1).amin(-1)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -751,9 +723,8 @@ class Data:
         self.preferred = torch.zeros(capacity, action_dim, device=device)  # ã
         self.size = self.offline = 0
 
-    def append(
-        self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor, done: Tensor
-    ) -> None:
+    def append(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor,
+               done: Tensor) -> None:
         """Adds (n, S), (n, A), (n,), (n, S), (n,) bool, with ã = a as Algorithm 1 begins."""
         new = slice(self.size, self.size + len(state))
         self.state[new], self.action[new], self.next_state[new] = state, action, next_state
@@ -794,10 +765,11 @@ def write_dataset(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomic(path, write)
 
 
-def read_dataset(path: Path, state_dim: int, low: np.ndarray, high: np.ndarray, horizon: int) -> dict:
+def read_dataset(path: Path, state_dim: int, low: np.ndarray, high: np.ndarray,
+                 horizon: int) -> dict[str, np.ndarray]:
     """What d4rl.qlearning_dataset makes of an hdf5 file, and its trajectories' returns.
 
-    Timeout rows and the last row are dropped, as nothing follows them. A terminal row keeps the next
+    Timeout rows and the last row are dropped, as nothing follows them. A terminal row has the next
     episode's first observation, which its target masks. A file without timeouts has one where an
     episode reaches `horizon`. Raises BadInput for a missing, broken or unfitting file.
     """
@@ -825,8 +797,10 @@ def read_dataset(path: Path, state_dim: int, low: np.ndarray, high: np.ndarray, 
     if "timeouts" in raw:
         timeout = raw["timeouts"].astype(bool)
     else:
-        start = np.maximum.accumulate(np.where(np.r_[False, done[:-1]], np.arange(n), 0))
-        timeout = (np.arange(n) - start + (start > 0)) % horizon == horizon - 1
+        timeout, start, age = np.zeros(n, bool), 0, 0
+        for end in (*np.flatnonzero(done), n - 1):
+            timeout[start : end + 1] = (np.arange(start, end + 1) - start + age) % horizon == horizon - 1
+            start, age = end + 1, int(not timeout[end])  # d4rl counts from 1 after a terminal
     keep = np.flatnonzero(~timeout[:-1])
     ends = np.append(np.flatnonzero((done | timeout)[:-1]), n - 1)
     trajectory = np.searchsorted(ends, keep)
@@ -847,22 +821,14 @@ def dataset_path(args: argparse.Namespace, task: "Task") -> Path:
 
 
 def download(url: str, path: Path) -> Path:
-    import urllib.request
-
-    from tqdm import tqdm
-
+    """Fetches a dataset; a broken download never gets the final name."""
     print(f"downloading {url} to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(unit="B", unit_scale=True) as bar:
-        def progress(blocks: int, size: int, total: int) -> None:
-            bar.total = total
-            bar.update(blocks * size - bar.n)
-
-        try:
-            write_atomic(path, lambda part: urllib.request.urlretrieve(url, part, progress))
-        except OSError as error:
-            raise BadInput(f"can't download {url}: {error}. Put the file at {path}, or name it with"
-                           " --dataset") from error
+    try:
+        write_atomic(path, lambda part: torch.hub.download_url_to_file(url, str(part)))
+    except OSError as error:
+        raise BadInput(f"can't download {url}: {error}. Put the file at {path}, or name it with"
+                       " --dataset") from error
     return path
 
 
@@ -877,7 +843,7 @@ class Task(NamedTuple):
 
 
 def parse_task(name: str) -> Task:
-    """Raises BadInput for what is neither a locomotion, AntMaze, pen or door task nor a local one."""
+    """Raises BadInput for all but locomotion, AntMaze, pen, door and local tasks."""
     robot, colon, quality = name.rpartition(":")
     if colon and quality not in QUALITIES:
         raise BadInput(f"{name}: the quality {quality!r} is none of {', '.join(QUALITIES)}")
@@ -894,7 +860,7 @@ def parse_task(name: str) -> Task:
 
 
 def d4rl_infos():
-    """d4rl's module of URLs and reference scores, without d4rl's __init__, which needs mujoco-py."""
+    """d4rl's module of URLs and scores, without d4rl's __init__, which needs mujoco-py."""
     package = importlib.util.find_spec("d4rl")
     if package is None:
         raise BadInput("d4rl is not installed: pip install --no-deps d4rl==1.1")
@@ -923,7 +889,7 @@ MAZES = {
 
 
 def restore_capsules(model, xml_path: str) -> None:
-    """Gives a mujoco.MjModel, compiled from `xml_path`, the inertias MuJoCo 2.1.0 would have compiled.
+    """Gives a mujoco.MjModel, compiled from `xml_path`, the inertias of MuJoCo 2.1.0.
 
     Then, a capsule of radius r and cylinder length h weighed and turned like a solid cylinder of
     length h + r. A compiled model has forgotten densities, `settotalmass` and explicit inertias, so
@@ -977,7 +943,8 @@ def write_ant_maze(maze: str, path: str) -> None:
     """D4RL's ant in a maze: Gymnasium's ant differs in the three values set here."""
     import gymnasium.envs.mujoco
 
-    root = ElementTree.parse(Path(gymnasium.envs.mujoco.__file__).parent / "assets/ant.xml").getroot()
+    assets = Path(gymnasium.envs.mujoco.__file__).parent / "assets"
+    root = ElementTree.parse(assets / "ant.xml").getroot()
     root.find("option").set("timestep", "0.02")
     root.find("default/geom").set("solimp", ".8 .8 .01")
     for motor in root.iter("motor"):
@@ -1039,7 +1006,8 @@ def make_env(task: str, physics: str = "exact"):
         options = {"max_episode_steps": horizon} if family else {}
         if maze:
             write_ant_maze(maze, f"{folder}/ant_maze.xml")
-            options |= {"xml_file": f"{folder}/ant_maze.xml", "include_cfrc_ext_in_observation": False,
+            options |= {"xml_file": f"{folder}/ant_maze.xml",
+                        "include_cfrc_ext_in_observation": False,
                         "exclude_current_positions_from_observation": False}
         try:
             env = gym.make(gym_id, disable_env_checker=True, **options)
@@ -1058,7 +1026,7 @@ def make_env(task: str, physics: str = "exact"):
 
 
 def make_envs(task: Task, args: argparse.Namespace):
-    """Copies of the task's environment for evaluation, at most 10, as one vectorised environment."""
+    """At most 10 copies of the task's environment, for evaluation, as one vectorised one."""
     import gymnasium as gym
 
     return gym.vector.SyncVectorEnv(
@@ -1066,10 +1034,7 @@ def make_envs(task: Task, args: argparse.Namespace):
 
 
 def reference_returns(args: argparse.Namespace, task: Task) -> tuple[float, float]:
-    """The returns that score 0 and 100: d4rl's for its robots, else a random and the expert policy's.
-
-    NaN while a local task has no expert yet.
-    """
+    """The returns that score 0 and 100: d4rl's, or a random and the expert policy's, once there."""
     robot = re.fullmatch(r"(halfcheetah|hopper|walker2d)-v\d", task.robot.lower())
     if robot or not task.quality:
         name, infos = f"{robot[1]}-medium-v2" if robot else task.name, d4rl_infos()
@@ -1127,14 +1092,12 @@ def evaluate(envs, policy: Policy, episodes: int, seed: int) -> np.ndarray:
     return np.concatenate([wave["returns"] for wave in waves])[:episodes]
 
 
-def audit(
-    policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, asked: Tensor,
-    black_box: BlackBox, ranknet: nn.Module | None, path: Path,
-) -> dict[str, float]:  # fmt: skip
-    """Figure 6: divergence and value gain Q*(s, π(s)) - Q*(s, a), (N,) each, of all of D, as an npz.
+def audit(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, asked: Tensor,
+          black_box: BlackBox, ranknet: nn.Module | None, path: Path) -> dict[str, float]:
+    """Figure 6, as an npz: divergence and value gain Q*(s, π(s)) - Q*(s, a), (N,), of all of D.
 
-    Returns RankNet's accuracy on samples that were never asked, and the accuracy that always answering
-    "the policy" would have there.
+    Returns RankNet's accuracy on samples that were never asked, and what always answering "the
+    policy" would have there.
     """
     pi = in_chunks(policy, state)
     prefers_data = black_box.audit(state, action, pi)
@@ -1160,9 +1123,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def load_data(
-    args: argparse.Namespace, task: Task, box, state_dim: int, horizon: int
-) -> tuple[Data, Units, Callable[[float], float], float]:
+def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
+              horizon: int) -> tuple[Data, Units, Callable[[float], float], float]:
     """D, with room for interactions, in the networks' units.
 
     Also those units, environment's reward -> learner's reward, and D's mean return.
@@ -1195,15 +1157,16 @@ class Interaction:
 
     def __init__(self, env, units: Units, data: Data, reward: Callable[[float], float], seed: int):
         self.env, self.units, self.data, self.reward = env, units, data, reward
+        self.device = units.low.device
         self.state, self.steps, self.timeouts = self._tensor(env.reset(seed=seed)[0]), 0, []
 
     def _tensor(self, state: np.ndarray) -> Tensor:
-        return self.units.state(torch.as_tensor(state, dtype=torch.float32).to(self.units.low.device))
+        return self.units.state(torch.as_tensor(state, dtype=torch.float32, device=self.device))
 
     @torch.no_grad()
     def step(self, explore: Callable | None, generator: torch.Generator) -> None:
         """One step with explore(state, noise), or with a uniformly random action if it is None."""
-        noise = torch.empty(1, len(self.units.low), device=self.units.low.device)
+        noise = torch.empty(1, len(self.units.low), device=self.device)
         if explore is None:
             action = noise.uniform_(-1, 1, generator=generator)
         else:
@@ -1225,9 +1188,10 @@ class Log:
         self.folder, self.rows, self.row = folder, [], dict.fromkeys(COLUMNS, math.nan)
         self.zero, self.hundred = reference_returns(args, task)
         self.started, self.evaluating = time.time(), 0.0
-        protocol = {"environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
-                    "episodes": args.eval_episodes, "return_0": self.zero, "return_100": self.hundred,
-                    "behaviour_score": self.score(behaviour)}
+        protocol = {
+            "environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
+            "episodes": args.eval_episodes, "return_0": self.zero, "return_100": self.hundred,
+            "behaviour_score": self.score(behaviour)}
         git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
                              capture_output=True, text=True)
         versions = {name: importlib.metadata.version(name) for name in
@@ -1243,19 +1207,14 @@ class Log:
         """D4RL's normalised score of a return."""
         return 100 * (value - self.zero) / (self.hundred - self.zero)
 
-    def write(self, step: int, updates: int, value: float, losses: dict[str, Tensor]) -> None:
+    def write(self, step: int, updates: int, value: float, losses: dict[str, float]) -> None:
         """Completes `row` with the mean return `value`, and writes and prints it."""
         from tqdm import tqdm
 
         seconds = time.time() - self.started
-        self.row |= {name: loss.item() for name, loss in losses.items()}
-        self.row |= {"step": step, "return": value, "score": self.score(value),
+        self.row |= losses | {"step": step, "return": value, "score": self.score(value),
                      "seconds": round(seconds, 2),
                      "updates_per_second": round(step / (seconds - self.evaluating), 1)}
-        for name in losses:
-            if not math.isfinite(self.row[name]):
-                raise BadInput(f"{name} is {self.row[name]} at update {step:,}; the run up to there is"
-                               f" in {self.folder}/progress.csv")
         self.rows.append(dict(self.row))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -1295,20 +1254,19 @@ def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
     needed += ["model.pt"] * ((scheme.budget == "queries" or args.audit) and not args.expert)
     needed += [f"{task.quality}.hdf5"] * (scheme.data and not args.dataset)
     if missing := [name for name in needed if not (folder / name).is_file()]:
-        print(f"{folder} lacks {', '.join(missing)}: first, SAC trains for {args.expert_steps:,} steps"
-              " there (each line says how long is left)")
+        print(f"{folder} lacks {', '.join(missing)}: first, SAC trains for {args.expert_steps:,}"
+              " steps there (each line says how long is left)")
         same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every")
         train(parse_args(["--scheme=expert", "--overwrite", f"--env={task.name}"] + [
             f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]))
 
 
-def make_datasets(
-    args: argparse.Namespace, folder: Path, envs, snapshots: list, interaction: Interaction
-) -> None:
+def make_datasets(args: argparse.Namespace, folder: Path, envs, snapshots: list,
+                  interaction: Interaction) -> None:
     """D4RL's recipe: the datasets of all QUALITIES, and scores.json, from the history of a SAC run.
 
-    snapshots: (return, samples so far, actor) of each evaluation that was the best so far, and of the
-    last. "medium" is the first that is a third of the way from a random to the final return.
+    snapshots: (return, samples so far, actor) of each evaluation that was the best so far, and of
+    the last. "medium" is the first a third of the way from a random policy's to the final return.
     """
     units, size, history = interaction.units, args.dataset_size, interaction.data
     generator = torch.Generator(units.low.device).manual_seed(args.seed)
@@ -1381,7 +1339,7 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
         env = make_env(task.name, args.physics)
         interaction = Interaction(env, units, data, reward, args.seed)
     log, losses, snapshots = Log(folder, args, task, behaviour, spec), {}, []
-    policy, queries = raw_policy(agent.act, units), QueryDataset(data.offline, A, device)
+    policy, queries = raw_policy(agent.actor, units), QueryDataset(data.offline, A, device)
     d = (data.state[: data.offline], data.action[: data.offline])  # (N, S), (N, A)
     interval, start, stop = args.interval, 0, args.steps
     if args.timing == "ft":
@@ -1402,19 +1360,24 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
         asking = asks and step <= args.steps and step % interval == 0
         if asking:
             count = min(due(step, args.budget, 0, args.steps) - black_box.asked, data.offline)
-            log.row |= oap_round(agent.act, *d, data.preferred, count, queries, black_box, ranknet,
-                                 ranknet_opt, args.ranknet_epochs, generator)
+            log.row |= oap_round(agent.actor, *d, data.preferred, count, queries, black_box,
+                                 ranknet, ranknet_opt, args.ranknet_epochs, generator)
         if args.audit and (asking or step % args.interval == 0 or step == updates):
-            log.row |= audit(agent.act, *d, queries.asked, black_box, ranknet,
+            log.row |= audit(agent.actor, *d, queries.asked, black_box, ranknet,
                              folder / f"audit-{step}.npz")
         if asking or step % args.eval_every == 0 or step == updates:
+            values = {name: loss.item() for name, loss in losses.items()}
+            if not all(map(math.isfinite, values.values())):  # no environment should meet a NaN
+                raise BadInput(f"diverged at update {step:,}: {values}; see {log.folder}")
             started = time.time()
             seed = 10**9 * (args.seed + 1) + 1000 * step
             returns = evaluate(envs, policy, args.eval_episodes, seed)
             log.evaluating += time.time() - started
-            log.row |= {"interactions": interaction.steps} if interaction else {}
-            log.row |= {"queries": black_box.asked, "audited": black_box.audited} if black_box else {}
-            log.write(step, updates, float(returns.mean()), losses)
+            if interaction:
+                log.row["interactions"] = interaction.steps
+            if black_box:
+                log.row |= {"queries": black_box.asked, "audited": black_box.audited}
+            log.write(step, updates, float(returns.mean()), values)
             if args.scheme == "expert" and (
                     step == updates or not snapshots or returns.mean() > snapshots[-1][0]):
                 snapshots.append((returns.mean(), data.size, copy.deepcopy(agent.actor)))
@@ -1446,7 +1409,8 @@ def demo() -> None:
         print(f"python oap.py {' '.join(argv)}")
     runs = {"offline": train(parse_args(offline)), "OAP": train(parse_args(oap))}
     last = runs["OAP"][-1]
-    config = json.loads((run_folder(parse_args(oap), parse_task(oap[1])) / "config.json").read_text())
+    folder = run_folder(parse_args(oap), parse_task(oap[1]))
+    config = json.loads((folder / "config.json").read_text())
     table = {
         "score of the behaviour data": config["protocol"]["behaviour_score"],
         **{f"score of {name}": final_score(rows) for name, rows in runs.items()},
@@ -1473,14 +1437,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if scheme.budget == "interactions" and math.isinf(args.budget):
         raise BadInput("--budget inf: interactions need a number")
     if scheme.budget == "queries" and args.timing == "interval" and args.interval > args.steps:
-        raise BadInput(f"--interval {args.interval} is above --steps {args.steps}: no query is asked")
+        raise BadInput(f"--interval {args.interval} > --steps {args.steps}: nothing would be asked")
     if args.timing == "ft" and not scheme.finetune:
         raise BadInput(f"--timing ft: {args.scheme} has no second phase")
     if args.audit and not scheme.data:
         raise BadInput(f"--audit compares with D, and {args.scheme} has none")
     try:
-        cuda = "cuda" if torch.cuda.is_available() else "cpu"
-        args.device = str(torch.empty(0, device=cuda if args.device == "auto" else args.device).device)
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(best if args.device == "auto" else args.device)
+        args.device = str(torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     return args

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Every task x scheme x algorithm x seed: one queue of runs for each GPU, or a single one on the CPU.
+#
+#   bash run_all.sh                                    # the paper's Table 2
+#   TASKS=pen-human-v1 SCHEMES="offline oap" ALGOS="td3bc iql" SEEDS="0 1" bash run_all.sh
+#   DRY_RUN=1 bash run_all.sh                          # prints the commands
+#   GPUS="0 1" bash run_all.sh                         # these GPUs; all of them by default
+#   sbatch --array=0-39 --gpus=1 run_all.sh            # every task of the array takes its share
+#   bash run_all.sh --expert hopper.pt                 # arguments go to every run
+#
+# A finished run is skipped, so the same command goes on after a stop. A failed run does not stop the
+# others: it is listed at the end, with exit code 1.
+set -u
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+gym=$(echo {halfcheetah,hopper,walker2d}-{random,medium,medium-replay,medium-expert}-v2)
+antmaze=$(echo antmaze-umaze{,-diverse}-v0 antmaze-{medium,large}-{play,diverse}-v0)
+read -ra tasks <<< "${TASKS:-$gym $antmaze pen-human-v1 pen-cloned-v1}"
+read -ra schemes <<< "${SCHEMES:-offline online online-mix o2o oap}"
+read -ra algos <<< "${ALGOS:-td3bc}"
+read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
+all_gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')
+read -ra gpus <<< "${GPUS:-${CUDA_VISIBLE_DEVICES:-$all_gpus}}"
+[ ${#gpus[@]} -gt 0 ] || gpus=(none)
+
+runs=()
+for seed in "${seeds[@]}"; do for task in "${tasks[@]}"; do
+  for scheme in "${schemes[@]}"; do for algo in "${algos[@]}"; do
+    runs+=("--env $task --scheme $scheme --algo $algo --seed $seed")
+  done; done
+done; done
+share=${SLURM_ARRAY_TASK_ID:-0} shares=${SLURM_ARRAY_TASK_COUNT:-1}
+
+failed=$(mktemp) && trap 'rm -f "$failed"' EXIT
+trap 'kill 0' INT TERM
+queue() {  # GPU, its place among the GPUs, arguments for every run
+  local gpu=$1 place=$2 i=-1 run
+  [ "$gpu" = none ] || export CUDA_VISIBLE_DEVICES=$gpu
+  for run in "${runs[@]}"; do
+    i=$((i + 1))
+    [ $((i % shares)) -eq "$share" ] && [ $((i / shares % ${#gpus[@]})) -eq "$place" ] || continue
+    # shellcheck disable=SC2086  # a run is several words
+    if [ -n "${DRY_RUN:-}" ]; then
+      echo "python oap.py $run ${*:3}"
+    else
+      python oap.py $run "${@:3}" || echo "$run" >> "$failed"
+    fi
+  done
+}
+for place in "${!gpus[@]}"; do
+  queue "${gpus[place]}" "$place" "$@" &
+done
+wait
+[ -s "$failed" ] || exit 0
+echo "failed runs:" && cat "$failed"
+exit 1
