@@ -309,7 +309,7 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
            "prefers_policy": 1 - prefers_data.float().mean().item()}
     if black_box.q is not None:  # over all asked samples: it takes no answer that was not paid for
         i = queries.asked.nonzero().squeeze(1)
-        log["bound"] = improvement_bound(black_box.q, state[i], action[i], preferred[i])
+        log["bound"] = improvement_bound(black_box.value, state[i], action[i], preferred[i])
     rest = (~queries.asked).nonzero().squeeze(1)
     if ranknet is not None and len(rest):  # with nothing left to answer, RankNet would not be heard
         i = queries.index
@@ -427,16 +427,19 @@ def polyak_update(target: nn.Module, net: nn.Module, polyak: float) -> None:
 # But for dropout, all that is random in an update is `noise` (2, B, A), standard normal.
 
 
-def td3bc_critic_loss(critic: nn.Module, critic_target: nn.Module, actor_target: nn.Module,
-                      batch: Batch, noise: Tensor, discount: float, policy_noise: float,
-                      noise_clip: float) -> Tensor:
-    """TD3's squared Bellman error (Fujimoto et al. 2018), summed over both Q."""
-    with torch.no_grad():
-        noise = (noise * policy_noise).clamp(-noise_clip, noise_clip)
-        next_action = (actor_target(batch.next_state) + noise).clamp(-1, 1)
-        next_q = critic_target(batch.next_state, next_action).amin(-1)
-        target = batch.reward + discount * batch.not_done * next_q  # (B,)
+def bellman_loss(critic: nn.Module, batch: Batch, next_value: Tensor, discount: float) -> Tensor:
+    """Squared error of both Q to r + γ next_value (B,), which a terminal state cuts off."""
+    target = batch.reward + discount * batch.not_done * next_value  # (B,)
     return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
+
+
+@torch.no_grad()
+def td3_next_value(critic_target: nn.Module, actor_target: nn.Module, batch: Batch, noise: Tensor,
+                   policy_noise: float, noise_clip: float) -> Tensor:
+    """The smaller target Q of a smoothed target action (Fujimoto et al. 2018) -> (B,)."""
+    noise = (policy_noise * noise).clamp(-noise_clip, noise_clip)
+    action = (actor_target(batch.next_state) + noise).clamp(-1, 1)
+    return critic_target(batch.next_state, action).amin(-1)
 
 
 def td3bc_actor_loss(actor: nn.Module, critic: Critic, batch: Batch, alpha: float) -> Tensor:
@@ -463,9 +466,9 @@ class TD3BC(nn.Module):
 
     def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
         a = self.args
-        critic_loss = td3bc_critic_loss(
-            self.critic, self.critic_target, self.actor_target, batch, noise[0],
-            a.discount, a.policy_noise, a.noise_clip)
+        next_value = td3_next_value(
+            self.critic_target, self.actor_target, batch, noise[0], a.policy_noise, a.noise_clip)
+        critic_loss = bellman_loss(self.critic, batch, next_value, a.discount)
         descend(self.critic_opt, critic_loss)
         if step % a.policy_delay:
             return {"critic_loss": critic_loss}
@@ -495,14 +498,6 @@ def iql_actor_loss(actor: GaussianActor, value: nn.Module, critic_target: nn.Mod
     return -(weight * actor.log_prob(batch.state, batch.preferred)).mean()
 
 
-def iql_critic_loss(critic: nn.Module, value: nn.Module, batch: Batch, discount: float) -> Tensor:
-    """Squared Bellman error with V, so without any action of the policy (IQL's Eq. 6)."""
-    with torch.no_grad():
-        next_value = value(batch.next_state).squeeze(-1)
-        target = batch.reward + discount * batch.not_done * next_value  # (B,)
-    return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
-
-
 class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
 
@@ -527,20 +522,20 @@ class IQL(nn.Module):
         descend(self.actor_opt, actor_loss)
         self.actor.eval()  # no dropout where it acts or is compared
         self.decay.step()
-        critic_loss = iql_critic_loss(self.critic, self.value, batch, a.discount)
+        with torch.no_grad():
+            next_value = self.value(batch.next_state).squeeze(-1)  # no action of the policy's
+        critic_loss = bellman_loss(self.critic, batch, next_value, a.discount)
         descend(self.critic_opt, critic_loss)
         polyak_update(self.critic_target, self.critic, a.polyak)
         return {"critic_loss": critic_loss, "actor_loss": actor_loss, "value_loss": value_loss}
 
 
-def sac_critic_loss(critic: nn.Module, critic_target: nn.Module, actor: SquashedActor,
-                    temperature: Tensor, batch: Batch, noise: Tensor, discount: float) -> Tensor:
-    """Squared soft Bellman error, summed over both Q."""
-    with torch.no_grad():
-        next_action, log_prob = actor.sample(batch.next_state, noise)
-        next_q = critic_target(batch.next_state, next_action).amin(-1) - temperature * log_prob
-        target = batch.reward + discount * batch.not_done * next_q  # (B,)
-    return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
+@torch.no_grad()
+def sac_next_value(critic_target: nn.Module, actor: SquashedActor, temperature: Tensor,
+                   batch: Batch, noise: Tensor) -> Tensor:
+    """The smaller target Q of a sampled action, and its entropy bonus -> (B,)."""
+    action, log_prob = actor.sample(batch.next_state, noise)
+    return critic_target(batch.next_state, action).amin(-1) - temperature * log_prob
 
 
 def sac_actor_loss(actor: SquashedActor, critic: nn.Module, temperature: Tensor, batch: Batch,
@@ -573,8 +568,9 @@ class SAC(nn.Module):
 
     def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
         a, temperature = self.args, self.log_temperature.detach().exp()
-        critic_loss = sac_critic_loss(
-            self.critic, self.critic_target, self.actor, temperature, batch, noise[0], a.discount)
+        next_value = sac_next_value(
+            self.critic_target, self.actor, temperature, batch, noise[0])
+        critic_loss = bellman_loss(self.critic, batch, next_value, a.discount)
         descend(self.critic_opt, critic_loss)
         actor_loss, log_prob = sac_actor_loss(
             self.actor, self.critic, temperature, batch, noise[1])
@@ -615,65 +611,64 @@ class Units(NamedTuple):
 class BlackBox:
     """Answers "is a at least as good as b in s?" at most `budget` times: all that OAP sees of it.
 
-    prefer(s, a, b) -> (B,) bool and q(s, a) -> (B,) see the environment's numbers, as `units` says.
-    `q` is None where there are only preferences. Eq. 7 and audits use it, nothing that learns.
+    Either q(s, a) -> (B,) or prefer(s, a, b) -> (B,) bools, of numpy arrays, is behind it. Both get
+    the environment's numbers, translated by `units`. Raises BadInput for other shapes and for NaN.
     """
 
-    def __init__(self, prefer: Callable, q: Callable | None, units: Units, budget: float):
-        self.prefer, self.units, self.budget, self.asked, self.audited = prefer, units, budget, 0, 0
-        self.q = q and (lambda state, action: self._raw(q, state, action))
+    def __init__(self, units: Units, budget: float, q: Callable | None = None,
+                 prefer: Callable | None = None):
+        self.units, self.budget, self.q, self.prefer = units, budget, q, prefer
+        self.asked = self.audited = 0
 
     def __call__(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
         """Eq. 2: True (B,) where the black box finds `action` at least as good as `other`."""
         if self.asked + len(state) > self.budget:
             raise RuntimeError(f"{self.asked:,} + {len(state):,} queries are over {self.budget:,}")
         self.asked += len(state)
-        return self._raw(self.prefer, state, action, other)
+        return in_chunks(self._answer, state, action, other)
 
     def audit(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
         """The same outside of the budget and counted apart: nothing that learns may hear it."""
         self.audited += len(state)
-        return self._raw(self.prefer, state, action, other)
+        return in_chunks(self._answer, state, action, other)
 
-    def _raw(self, function: Callable, state: Tensor, *actions: Tensor) -> Tensor:
-        to_raw = self.units.raw_action
-        return in_chunks(lambda s, *a: function(self.units.raw_state(s), *map(to_raw, a)),
-                         state, *actions)
+    def value(self, state: Tensor, action: Tensor) -> Tensor:
+        """Q*(s, a) (B,), for Eq. 7 and audits, if there is a `q`."""
+        return in_chunks(self._value, state, action)
+
+    def _value(self, state: Tensor, action: Tensor) -> Tensor:
+        value = self.q(self.units.raw_state(state), self.units.raw_action(action))
+        if value.shape != state.shape[:1] or not value.isfinite().all():
+            raise BadInput(f"Q(s, a) of {len(state)} rows must be as many finite numbers")
+        return value
+
+    def _answer(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
+        if self.q is not None:
+            return self._value(state, action) >= self._value(state, other)
+        raw = (self.units.raw_state(state), *map(self.units.raw_action, (action, other)))
+        answer = np.asarray(self.prefer(*(x.cpu().numpy() for x in raw)))
+        if answer.shape != state.shape[:1] or not np.isin(answer, (0, 1)).all():
+            raise BadInput(f"the answer to {len(state)} rows must be as many bools")
+        return torch.as_tensor(answer.astype(bool), device=state.device)
 
 
 def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
     """A black box from a file, without executing pickled code, or from "module:function".
 
-    Raises BadInput if it can't be read, has other dimensions, or answers in other shapes or NaN.
+    Raises BadInput if it can't be read or does not fit the task.
     """
-    q = function = None
     try:
         if Path(spec).is_file():
-            q = load_q(spec, units)
+            box = BlackBox(units, budget, q=load_q(spec, units))
         elif ":" in spec:
             module, _, name = spec.rpartition(":")
             sys.path.insert(0, os.getcwd())
-            function = getattr(importlib.import_module(module), name)
+            box = BlackBox(units, budget, prefer=getattr(importlib.import_module(module), name))
         else:
             raise BadInput("there is no such file")
-
-        def value(state: Tensor, action: Tensor) -> Tensor:
-            result = q(state, action)
-            if result.shape != state.shape[:1] or not result.isfinite().all():
-                raise BadInput(f"Q(s, a) must be {len(state)} finite numbers")
-            return result
-
-        def prefer(state: Tensor, action: Tensor, other: Tensor) -> Tensor:
-            if q is not None:
-                return value(state, action) >= value(state, other)
-            answer = np.asarray(function(*(x.cpu().numpy() for x in (state, action, other))))
-            if answer.shape != state.shape[:1] or not np.isin(answer, (0, 1)).all():
-                raise BadInput(f"the answer must be {len(state)} bools")
-            return torch.as_tensor(answer.astype(bool), device=state.device)
-
-        box = BlackBox(prefer, q and value, units, budget)
-        state, action = units.mean.expand(2, -1), units.low.expand(2, -1)
-        prefer(state, action, action)  # shows if the dimensions fit, and nothing about actions
+        state, action = torch.zeros(2, len(units.mean)), torch.zeros(2, len(units.low))
+        state, action = state.to(units.low.device), action.to(units.low.device)
+        box._answer(state, action, action)  # shows whether it fits, and nothing about actions
     except Exception as error:  # noqa: BLE001 whatever a user's file or function raises
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(f"black box {spec}, for {len(units.mean)}-dimensional states and"
@@ -1103,7 +1098,7 @@ def audit(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, ask
     prefers_data = black_box.audit(state, action, pi)
     arrays = {"divergence": divergence(action, pi), "asked": asked, "prefers_data": prefers_data}
     if black_box.q is not None:
-        arrays["value_gain"] = black_box.q(state, pi) - black_box.q(state, action)
+        arrays["value_gain"] = black_box.value(state, pi) - black_box.value(state, action)
     arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
     write_atomic(path, lambda part: np.savez_compressed(part.open("wb"), **arrays))
     log = {"unasked_prefer_policy": 1 - prefers_data[~asked].float().mean().item()}

@@ -119,18 +119,16 @@ def test_a_terminal_cuts_the_target_and_a_timeout_does_not():
     state, action = torch.zeros(2, 1), torch.zeros(2, 1)
     batch = oap.Batch(state, action, torch.ones(2), state, torch.tensor([1.0, 0.0]), action)
     expected = 2 * ((1 + 0.9 * 10) ** 2 + 1) / 2
-    td3 = oap.td3bc_critic_loss(zero, ten, lambda s: action, batch, action, 0.9, 0.2, 0.5)
-    iql = oap.iql_critic_loss(zero, lambda s: torch.full((2, 1), 10.0), batch, 0.9)
-    assert td3.item() == pytest.approx(expected) and iql.item() == pytest.approx(expected)
+    next_value = oap.td3_next_value(ten, lambda s: action, batch, action, 0.2, 0.5)
+    assert oap.bellman_loss(zero, batch, next_value, 0.9).item() == pytest.approx(expected)
 
 
 def test_policy_noise_is_clipped_and_so_is_the_target_action():
     seen = {}
     target = lambda s, a: seen.setdefault("action", a).expand(-1, 2)  # noqa: E731
     batch = oap.Batch(*(torch.zeros(3, 1),) * 2, torch.zeros(3), torch.zeros(3, 1), torch.ones(3), None)
-    noise = torch.tensor([[9.0], [-9.0], [1.0]])
-    oap.td3bc_critic_loss(lambda s, a: torch.zeros(3, 2), target,
-                          lambda s: torch.tensor([[0.8], [0.0], [0.0]]), batch, noise, 1, 0.2, 0.5)
+    noise, actor = torch.tensor([[9.0], [-9.0], [1.0]]), lambda s: torch.tensor([[0.8], [0.0], [0.0]])
+    oap.td3_next_value(target, actor, batch, noise, 0.2, 0.5)
     assert seen["action"][:, 0].tolist() == pytest.approx([1.0, -0.5, 0.2])
 
 
@@ -189,9 +187,9 @@ def test_due_is_exact(budget, steps, interval):
     assert oap.due(5, math.inf, 0, 10) == math.inf and oap.due(5, 10, 5, 10) == 0
 
 
-def make_black_box(prefer, budget=math.inf, q=None, mean=(0.0,), std=(1.0,), low=-1.0, high=1.0):
+def make_black_box(prefer=None, budget=math.inf, q=None, mean=(0.0,), std=(1.0,), low=-1.0, high=1.0):
     tensors = (mean, std, [low], [high])
-    return oap.BlackBox(prefer, q, oap.Units(*map(torch.tensor, tensors)), budget)
+    return oap.BlackBox(oap.Units(*map(torch.tensor, tensors)), budget, q, prefer)
 
 
 def run_round(policy, preferred, count, queries, box, ranknet=None):
@@ -202,7 +200,7 @@ def run_round(policy, preferred, count, queries, box, ranknet=None):
 
 def test_a_round_asks_the_most_divergent_and_freezes_what_was_preferred():
     queries, preferred = oap.QueryDataset(6, 1, torch.device("cpu")), torch.zeros(6, 1)
-    box = make_black_box(lambda s, a, b: s[:, 0] < 4.5, q=lambda s, a: a[:, 0] * (s[:, 0] - 4.5))
+    box = make_black_box(q=lambda s, a: a[:, 0] * (s[:, 0] - 4.5))
     policy = lambda s: s / 10  # noqa: E731  the largest state diverges most
     log = run_round(policy, preferred, 2, queries, box)
     assert queries.asked.tolist() == [False] * 4 + [True] * 2 and box.asked == 2
@@ -543,9 +541,9 @@ def test_a_stable_baselines3_zip_is_a_black_box(tmp_path):
     state, action = torch.randn(9, 2), torch.rand(9, 1) * 2 - 1
     x = torch.cat([state * 2 + 5, action], 1)  # raw states, actions scaled to [-1, 1]
     q = torch.min(*(net(x)[:, 0] for net in nets))
-    assert torch.allclose(box.q(state, action), q, atol=1e-5)
+    assert torch.allclose(box.value(state, action), q, atol=1e-5)
     better = box(state, action, -action)
-    assert torch.equal(better, box.q(state, action) >= box.q(state, -action)) and box.asked == 9
+    assert torch.equal(better, box.value(state, action) >= box.value(state, -action)) and box.asked == 9
 
 
 def test_torchscript_and_a_function_are_black_boxes(tmp_path, monkeypatch):
@@ -556,7 +554,7 @@ def test_torchscript_and_a_function_are_black_boxes(tmp_path, monkeypatch):
     path = str(tmp_path / "q.ts")
     torch.jit.trace(Q(), (torch.zeros(3, 2), torch.zeros(3, 1))).save(path)
     box = oap.load_black_box(path, UNITS, 100)
-    assert box.q(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0]])).tolist() == [1.0]  # (5 - 4)²
+    assert box.value(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0]])).tolist() == [1.0]  # (5 - 4)²
     (tmp_path / "mine.py").write_text("def prefer(s, a, b):\n    return (a > b)[:, 0]\n")
     monkeypatch.chdir(tmp_path)
     box = oap.load_black_box("mine:prefer", UNITS, 100)
@@ -566,8 +564,8 @@ def test_torchscript_and_a_function_are_black_boxes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code, message", [
-    ("def prefer(s, a, b): return a > b", "as many|2 bools"),
-    ("def prefer(s, a, b): return a[:, 0] * float('nan')", "2 bools"),
+    ("def prefer(s, a, b): return a > b", "as many bools"),
+    ("def prefer(s, a, b): return a[:, 0] * float('nan')", "as many bools"),
     ("def prefer(s, a, b): raise KeyError('oops')", "oops"),
     ("def other(s, a, b): return a[:, 0] > 0", "prefer"),
     ("1 +", "syntax"),
@@ -599,7 +597,7 @@ def test_bad_files_are_no_black_boxes(tmp_path, out):
     model = torch.load(Path(out, "Point-v0/sac-expert/0/model.pt"), weights_only=True)
     model["critic"]["q1.0.weight"] *= math.nan
     torch.save(model, tmp_path / "diverged.pt")
-    with pytest.raises(oap.BadInput, match="2 finite numbers"):
+    with pytest.raises(oap.BadInput, match="finite numbers"):
         oap.load_black_box(str(tmp_path / "diverged.pt"), UNITS, 100)
 
 
