@@ -205,12 +205,16 @@ def due(step: int, budget: float, start: int, stop: int) -> float:
     return budget if math.isinf(budget) else budget * done // (stop - start)
 
 
+@torch.no_grad()
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """function(*tensors) without gradients, in pieces of the first axis that fit a CPU's cache."""
     size = 1024 if tensors[0].device.type == "cpu" else 2**17
-    with torch.no_grad():
-        pieces = zip(*(t.split(size) for t in tensors), strict=True)
-        return torch.cat([function(*piece) for piece in pieces])
+    for i, piece in enumerate(zip(*(t.split(size) for t in tensors), strict=True)):
+        result = function(*piece)
+        if i == 0:  # in one place: a list of small results would scatter them over the heap
+            whole = result.new_empty(len(tensors[0]), *result.shape[1:])
+        whole[i * size : i * size + len(result)] = result
+    return whole
 
 
 def divergence(action: Tensor, policy_action: Tensor) -> Tensor:
