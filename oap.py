@@ -22,22 +22,28 @@ What the paper leaves open, and what is done here:
  1. l_i is summed over action dimensions, for the deterministic policy (IQL: the Gaussian's mean).
  2. A round that may ask more samples than were never asked asks the most divergent others again,
     about the current policy's action; no sample twice in one round, which would tell nothing.
+    What a small dataset cannot use of the budget is lost (pen-human: half of it).
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã is frozen between rounds: the policy's action as it was when it was preferred. Asked samples
     keep the black box's answer; in every round RankNet answers anew for all the others.
  5. RankNet goes on training from round to round, with Adam at 3e-4 in batches of 256, for the 100
-    epochs of Table 5 (Algorithm 1: "until convergence"). It sees states as the policy does.
+    epochs of Table 5 (Algorithm 1: "until convergence"). It sees states as the policy does, and is
+    not trained when no sample is left for it to answer.
  6. IQL, for which Eq. 6 is not printed: ã replaces a in the advantage-weighted regression, in the
     weight and in the likelihood. V and Q learn from the data's action, which has the reward.
  7. λ in Table 5 is TD3+BC's alpha: Eq. 6's λ is alpha / mean|Q|.
- 8. OAP's last 100k updates ask nothing. IQL's cosine decay of the actor's rate spans all updates.
- 9. Interactions are spread evenly. "interval" for o2o means: over its first phase.
-10. Schemes without D begin with 1,000 uniformly random actions, counted in the budget. TD3+BC
-    explores with TD3's noise of 0.1, IQL and SAC by sampling.
-11. AntMaze's rewards are lowered by 1; IQL's locomotion rewards are scaled to 1000 / (best - worst
-    trajectory) and its actions clipped to 1 - 1e-5 (its authors' code). TD3+BC normalises states.
+ 8. OAP's last 100k updates ask nothing. IQL's cosine decay of the actor's rate spans all updates,
+    but o2o has none, as its authors' fine-tuning has none. Networks start as PyTorch's do.
+ 9. Interactions are spread evenly. "interval" for o2o means: over its first phase. Batches are
+    uniform over D and own transitions, whose ã is the action itself.
+10. Schemes without D begin with 1,000 uniformly random actions, counted in the budget and in the
+    even spread. TD3+BC explores with TD3's noise of 0.1, IQL and SAC by sampling.
+11. AntMaze's rewards are lowered by 1; IQL's rewards on D4RL's locomotion are scaled to 1000 /
+    (best - worst trajectory) and its actions clipped to 1 - 1e-5 (its authors' code). TD3+BC
+    normalises states by D's mean and deviation, where there is D.
 12. Local tasks ID:QUALITY follow D4RL's recipe with "a third of the final return" counted from a
-    random policy's return, so that it has a meaning for negative returns.
+    random policy's return, which gives it a meaning for negative returns too. medium-expert is half
+    of each, not both.
 """
 
 import argparse
@@ -85,18 +91,18 @@ class Scheme(NamedTuple):
     """A column of Table 1: where samples come from, and what the budget K of Section 4.1 buys."""
 
     data: bool  # learns from D
-    budget: str  # what K counts: "interactions", "queries" or nothing
+    spends: str  # what the budget counts: "interactions", "queries" or nothing
     timing: str  # when it is spent: "interval", during the first phase, or "ft", after it
     finetune: bool  # has a second phase, of --finetune-steps updates
 
 
 SCHEMES = {
-    "offline":    Scheme(data=True,  budget="",             timing="interval", finetune=False),
-    "online":     Scheme(data=False, budget="interactions", timing="interval", finetune=False),
-    "online-mix": Scheme(data=True,  budget="interactions", timing="interval", finetune=False),
-    "o2o":        Scheme(data=True,  budget="interactions", timing="ft",       finetune=True),
-    "oap":        Scheme(data=True,  budget="queries",      timing="interval", finetune=True),
-    "expert":     Scheme(data=False, budget="interactions", timing="interval", finetune=False),
+    "offline":    Scheme(data=True,  spends="",             timing="interval", finetune=False),
+    "online":     Scheme(data=False, spends="interactions", timing="interval", finetune=False),
+    "online-mix": Scheme(data=True,  spends="interactions", timing="interval", finetune=False),
+    "o2o":        Scheme(data=True,  spends="interactions", timing="ft",       finetune=True),
+    "oap":        Scheme(data=True,  spends="queries",      timing="interval", finetune=True),
+    "expert":     Scheme(data=False, spends="interactions", timing="interval", finetune=False),
 }  # fmt: skip
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 
@@ -118,7 +124,7 @@ def number(low: float, high: float = math.inf, whole: bool = False) -> Callable[
     return parse
 
 
-def budget(text: str) -> float:
+def count_or_inf(text: str) -> float:
     return math.inf if text == "inf" else number(1, whole=True)(text)
 
 
@@ -128,14 +134,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser("oap.py", description="Without arguments: a demo.", allow_abbrev=False)
+    parser = Parser("oap.py", allow_abbrev=False, description="Without arguments: a demo.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     count, positive, fraction = number(1, whole=True), number(1e-12, 1e12), number(0, 1)
     # what runs
     add("--env", required=True, help="a D4RL task, or GYMNASIUM_ID:QUALITY, QUALITY one of "
         + ", ".join(QUALITIES))
     add("--scheme", choices=SCHEMES, default="oap", help="Table 2's columns; or train a black box")
-    add("--algo", choices=("td3bc", "iql"), default="td3bc", help="what the scheme trains with")
+    add("--algo", choices=("td3bc", "iql"), help="what learns (default: td3bc)")
     add("--seed", type=number(0, 2**31 - 1, whole=True), default=0, help="of all that is random")
     add("--expert", help="the black box: a run's model.pt, a Stable-Baselines3 SAC or TD3 zip, a"
         " TorchScript Q(s, a), or module:function")
@@ -146,11 +153,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
     # the scheme
-    add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
+    add("--steps", type=count, help="updates of the first phase, N_train (default: 1000000)")
     add("--finetune-steps", type=count, default=100_000, help="updates of the second (o2o, oap)")
-    add("--budget", type=budget, default=100_000, help="queries or interactions, K; inf: no limit")
+    add("--budget", type=count_or_inf, help="queries or interactions, K (default: 100000), or inf")
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
-    add("--timing", choices=("interval", "ft"), help="Figure 7; default: the scheme's own")
+    add("--timing", choices=("interval", "ft"), help="Figure 7; default: the scheme's")
     add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/RN) has none")
     add("--ranknet-epochs", type=count, default=100, help="in every round")
     add("--audit", action="store_true", help="every interval, ask about all of D outside of the"
@@ -311,11 +318,11 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
     preferred[chosen] = torch.where(prefers_data[:, None], action[chosen], pi[chosen])
     log = {"divergence": ranking.mean().item(),
            "prefers_policy": 1 - prefers_data.float().mean().item()}
-    if black_box.q is not None:  # over all asked samples: it takes no answer that was not paid for
+    if black_box.q is not None:  # no answer is used that was not paid for
         i = queries.asked.nonzero().squeeze(1)
         log["bound"] = improvement_bound(black_box.value, state[i], action[i], preferred[i])
     rest = (~queries.asked).nonzero().squeeze(1)
-    if ranknet is not None and len(rest):  # with nothing left to answer, RankNet would not be heard
+    if ranknet is not None and len(rest):
         i = queries.index
         pairs = (state[i], action[i], queries.policy_action, queries.prefers_data)
         log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs, generator=generator)
@@ -352,49 +359,43 @@ class Critic(nn.Module):
         return torch.cat([self.q1(state, action), self.q2(state, action)], -1)  # (B, 2)
 
 
-class DeterministicActor(nn.Module):
+class DeterministicActor(MLP):
     """TD3's π(s)."""
 
-    def __init__(self, state_dim: int, action_dim: int):
-        super().__init__()
-        self.net = MLP(state_dim, 256, 256, action_dim)
+    def __init__(self, state_dim: int, action_dim: int, dropout: float = 0.0):
+        super().__init__(state_dim, 256, 256, action_dim, dropout=dropout)
 
     def forward(self, state: Tensor) -> Tensor:
-        return self.net(state).tanh()  # (B, A)
+        return super().forward(state).tanh()  # (B, A)
 
 
-class GaussianActor(nn.Module):
-    """IQL's π(a|s): σ does not depend on s; the mean is squashed, samples are not."""
+class GaussianActor(DeterministicActor):
+    """IQL's π(a|s) around the same π(s): σ does not depend on s, samples are not squashed."""
 
     def __init__(self, state_dim: int, action_dim: int, dropout: float):
-        super().__init__()
-        self.net = MLP(state_dim, 256, 256, action_dim, dropout=dropout)
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
-
-    def forward(self, state: Tensor) -> Tensor:
-        return self.net(state).tanh()  # (B, A), the mean
+        super().__init__(state_dim, action_dim, dropout)
+        self.register_parameter("log_std", nn.Parameter(torch.zeros(action_dim)))
 
     def std(self) -> Tensor:
         return self.log_std.clamp(-5, 2).exp()  # (A,)
 
     def log_prob(self, state: Tensor, action: Tensor) -> Tensor:
-        z = (action - self(state)) / self.std()
-        return -(z**2 / 2 + self.std().log() + math.log(2 * math.pi) / 2).sum(-1)  # (B,)
+        normal = torch.distributions.Normal(self(state), self.std(), validate_args=False)
+        return normal.log_prob(action).sum(-1)  # (B,)
 
 
-class SquashedActor(nn.Module):
+class SquashedActor(MLP):
     """SAC's π(a|s), the tanh of a Gaussian."""
 
     def __init__(self, state_dim: int, action_dim: int):
-        super().__init__()
-        self.net = MLP(state_dim, 256, 256, 2 * action_dim)
+        super().__init__(state_dim, 256, 256, 2 * action_dim)
 
     def forward(self, state: Tensor) -> Tensor:
-        return self.net(state).chunk(2, -1)[0].tanh()  # (B, A), without noise
+        return super().forward(state).chunk(2, -1)[0].tanh()  # (B, A), without noise
 
     def sample(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Standard normal noise (B, A) -> actions (B, A) and their log-probabilities (B,)."""
-        mean, log_std = self.net(state).chunk(2, -1)
+        mean, log_std = super().forward(state).chunk(2, -1)
         log_std = log_std.clamp(-20, 2)
         u = mean + log_std.exp() * noise
         normal = -(noise**2 / 2 + log_std + math.log(2 * math.pi) / 2)
@@ -428,7 +429,8 @@ def polyak_update(target: nn.Module, net: nn.Module, polyak: float) -> None:
 #
 # actor(state) is the deterministic policy: what is evaluated, and compared with the data's actions.
 # explore(state, noise) interacts. update(batch, noise, step) updates everything and returns losses.
-# But for dropout, all that is random in an update is `noise` (2, B, A), standard normal.
+# But for dropout, all that is random in an update is `noise` (2, B, A), standard normal. `args` has
+# the flags' names as attributes; `updates` is how many will come, which only IQL's decay asks.
 
 
 def bellman_loss(critic: nn.Module, batch: Batch, next_value: Tensor, discount: float) -> Tensor:
@@ -454,11 +456,10 @@ def td3bc_actor_loss(actor: nn.Module, critic: Critic, batch: Batch, alpha: floa
     return -weight * q.mean() + ((action - batch.preferred) ** 2).mean()
 
 
-class TD3BC(nn.Module):
+class TD3BC:
     """TD3+BC (Fujimoto & Gu 2021)."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
-        super().__init__()
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
         self.args = args
         self.actor = DeterministicActor(state_dim, action_dim)
         self.critic = Critic(state_dim, action_dim)
@@ -502,11 +503,10 @@ def iql_actor_loss(actor: GaussianActor, value: nn.Module, critic_target: nn.Mod
     return -(weight * actor.log_prob(batch.state, batch.preferred)).mean()
 
 
-class IQL(nn.Module):
+class IQL:
     """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
-        super().__init__()
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
         self.args = args
         self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout).eval()
         self.critic, self.value = Critic(state_dim, action_dim), MLP(state_dim, 256, 256, 1)
@@ -554,11 +554,10 @@ def sac_temperature_loss(log_temperature: Tensor, log_prob: Tensor, entropy: flo
     return -(log_temperature * (log_prob.detach() + entropy)).mean()
 
 
-class SAC(nn.Module):
+class SAC:
     """Soft actor-critic (Haarnoja et al. 2018) with rlkit's settings: it trains the black boxes."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: int):
-        super().__init__()
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
         self.args, self.entropy = args, -action_dim
         self.actor = SquashedActor(state_dim, action_dim)
         self.critic = Critic(state_dim, action_dim)
@@ -592,12 +591,14 @@ ALGORITHMS = {"td3bc": TD3BC, "iql": IQL, "sac": SAC}
 
 
 class Units(NamedTuple):
-    """How networks see a task: states as (s - mean) / std, actions from [low, high] in [-1, 1]."""
+    """How learners see a task: (s - mean) / std, actions from [low, high] in [-1, 1], rewards."""
 
     mean: Tensor  # (S,)
     std: Tensor  # (S,)
     low: Tensor  # (A,)
     high: Tensor  # (A,)
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
 
     def state(self, raw: Tensor) -> Tensor:
         return (raw - self.mean) / self.std
@@ -611,12 +612,15 @@ class Units(NamedTuple):
     def raw_action(self, action: Tensor) -> Tensor:
         return action * ((self.high - self.low) / 2) + (self.high + self.low) / 2
 
+    def reward(self, raw):
+        return raw * self.reward_scale + self.reward_shift
+
 
 class BlackBox:
-    """Answers "is a at least as good as b in s?" at most `budget` times: all that OAP sees of it.
+    """Answers "is a at least as good as b in s?" at most `budget` times: all that OAP learns of it.
 
-    Either q(s, a) -> (B,) or prefer(s, a, b) -> (B,) bools, of numpy arrays, is behind it. Both get
-    the environment's numbers, translated by `units`. Raises BadInput for other shapes and for NaN.
+    Behind it is q(s, a) -> (B,), of tensors, or prefer(s, a, b) -> (B,) bools, of NumPy arrays. Both
+    get the environment's numbers, as `units` says. Raises BadInput for other shapes and for NaN.
     """
 
     def __init__(self, units: Units, budget: float, q: Callable | None = None,
@@ -669,7 +673,7 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
             sys.path.insert(0, os.getcwd())
             box = BlackBox(units, budget, prefer=getattr(importlib.import_module(module), name))
         else:
-            raise BadInput("there is no such file")
+            raise BadInput("no such file; --scheme expert trains one, --expert names one")
         state, action = torch.zeros(2, len(units.mean)), torch.zeros(2, len(units.low))
         state, action = state.to(units.low.device), action.to(units.low.device)
         box._answer(state, action, action)  # shows whether it fits, and nothing about actions
@@ -798,7 +802,8 @@ def read_dataset(path: Path, state_dim: int, low: np.ndarray, high: np.ndarray,
     else:
         timeout, start, age = np.zeros(n, bool), 0, 0
         for end in (*np.flatnonzero(done), n - 1):
-            timeout[start : end + 1] = (np.arange(start, end + 1) - start + age) % horizon == horizon - 1
+            ages = np.arange(end + 1 - start) + age
+            timeout[start : end + 1] = ages % horizon == horizon - 1
             start, age = end + 1, int(not timeout[end])  # d4rl counts from 1 after a terminal
     keep = np.flatnonzero(~timeout[:-1])
     ends = np.append(np.flatnonzero((done | timeout)[:-1]), n - 1)
@@ -821,10 +826,16 @@ def dataset_path(args: argparse.Namespace, task: "Task") -> Path:
 
 def download(url: str, path: Path) -> Path:
     """Fetches a dataset; a broken download never gets the final name."""
+    import h5py
+
+    def fetch(part: Path) -> None:
+        torch.hub.download_url_to_file(url, str(part))
+        h5py.File(part).close()  # an OSError if it is truncated or no hdf5
+
     print(f"downloading {url} to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_atomic(path, lambda part: torch.hub.download_url_to_file(url, str(part)))
+        write_atomic(path, fetch)
     except OSError as error:
         raise BadInput(f"can't download {url}: {error}. Put the file at {path}, or name it with"
                        " --dataset") from error
@@ -834,26 +845,50 @@ def download(url: str, path: Path) -> Path:
 # ------------------------------------------------------------------------------------- environments
 
 
+class Robot(NamedTuple):
+    domain: str  # a column of DOMAIN_DEFAULTS
+    gym_id: str
+    horizon: int  # D4RL's
+    versions: tuple[str, ...]  # of D4RL's tasks
+    maze: str = ""  # 1 wall, r start, g goal, / next row; `play` and `diverse` differ in data alone
+
+
+# Locomotion is -v4: -v5 changed the rewards. Ant-v5 can be told AntMaze's observation, -v4 can't.
+ROBOTS = {
+    "hopper": Robot("gym", "Hopper-v4", 1000, ("-v2",)),
+    "walker2d": Robot("gym", "Walker2d-v4", 1000, ("-v2",)),
+    "halfcheetah": Robot("gym", "HalfCheetah-v4", 1000, ("-v2",)),
+    "antmaze-umaze": Robot(
+        "antmaze", "Ant-v5", 700, ("-v0", "-v2"), "11111/1r001/11101/1g001/11111"),
+    "antmaze-medium": Robot(
+        "antmaze", "Ant-v5", 1000, ("-v0", "-v2"),
+        "11111111/1r011001/10010001/11000111/10010001/10100101/100010g1/11111111"),
+    "antmaze-large": Robot(
+        "antmaze", "Ant-v5", 1000, ("-v0", "-v2"), "111111111111/1r0001000001/101101010101"
+        "/100000010001/101111011101/100101000001/110101010111/100100010g01/111111111111"),
+    "pen": Robot("adroit", "AdroitHandPen-v1", 100, ("-v1",)),
+    "door": Robot("adroit", "AdroitHandDoor-v1", 200, ("-v1",)),
+}  # fmt: skip
+
+
 class Task(NamedTuple):
     name: str  # hopper-medium-v2, Hopper-v4:medium
-    domain: str  # gym, antmaze, adroit: a column of DOMAIN_DEFAULTS
-    robot: str  # hopper, antmaze-umaze, Hopper-v4: whose black box fits
-    quality: str | None  # of a local task
+    domain: str
+    robot: str  # hopper, Hopper-v4: whose black box fits
+    quality: str  # of a local task; "" for D4RL's
 
 
 def parse_task(name: str) -> Task:
     """Raises BadInput for all but locomotion, AntMaze, pen, door and local tasks."""
-    robot, colon, quality = name.rpartition(":")
+    gym_id, colon, quality = name.rpartition(":")
     if colon and quality not in QUALITIES:
         raise BadInput(f"{name}: the quality {quality!r} is none of {', '.join(QUALITIES)}")
     if colon:
-        return Task(name, "gym", robot, quality)
-    for pattern, domain in ((r"(halfcheetah|hopper|walker2d)-.*-v2", "gym"),
-                            (r"(antmaze-(?:umaze|medium|large))-.*v[02]", "antmaze"),
-                            (r"(pen|door)-.*-v1", "adroit")):
-        match = re.fullmatch(pattern, name)
-        if match and name in d4rl_infos().DATASET_URLS:
-            return Task(name, domain, match[1], None)
+        return Task(name, "gym", gym_id, quality)
+    for robot, r in ROBOTS.items():
+        if (name.startswith(f"{robot}-") and name.endswith(r.versions)
+                and name in d4rl_infos().DATASET_URLS):
+            return Task(name, r.domain, robot, "")
     raise BadInput(f"unknown task {name!r}: neither D4RL's (hopper-medium-v2, antmaze-umaze-v0,"
                    " pen-human-v1, ...) nor GYMNASIUM_ID:QUALITY (Hopper-v4:medium-replay)")
 
@@ -868,23 +903,6 @@ def d4rl_infos():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-# D4RL's families: Gymnasium's id, and D4RL's horizon. Locomotion is -v4: -v5 changed the rewards.
-# AntMaze is Ant-v5 because its constructor can be told D4RL's observation.
-D4RL_ENVS = {
-    "hopper": ("Hopper-v4", 1000), "walker2d": ("Walker2d-v4", 1000),
-    "halfcheetah": ("HalfCheetah-v4", 1000), "antmaze-umaze": ("Ant-v5", 700),
-    "antmaze-medium": ("Ant-v5", 1000), "antmaze-large": ("Ant-v5", 1000),
-    "pen": ("AdroitHandPen-v1", 100), "door": ("AdroitHandDoor-v1", 200),
-}  # fmt: skip
-# 1 wall, r start, g goal, / next row. `play` and `diverse` differ in their data alone.
-MAZES = {
-    "antmaze-umaze": "11111/1r001/11101/1g001/11111",
-    "antmaze-medium": "11111111/1r011001/10010001/11000111/10010001/10100101/100010g1/11111111",
-    "antmaze-large": "111111111111/1r0001000001/101101010101/100000010001/101111011101"
-                     "/100101000001/110101010111/100100010g01/111111111111",
-}  # fmt: skip
 
 
 def restore_capsules(model, xml_path: str) -> None:
@@ -915,19 +933,18 @@ def restore_capsules(model, xml_path: str) -> None:
 def restore_physics(env) -> None:
     """Undoes what MuJoCo changed after 2.1.0 for D4RL's robots; leaves other environments alone."""
     robot = env.spec.name
-    if robot not in {gym_id.rpartition("-")[0] for gym_id, _ in D4RL_ENVS.values()}:
+    if robot not in {r.gym_id.rpartition("-")[0] for r in ROBOTS.values()}:
         return
     import mujoco
 
     model, version = env.unwrapped.model, tuple(map(int, mujoco.__version__.split(".")[:2]))
     if not robot.startswith("Adroit"):  # whose capsules are all in bodies with explicit inertias
         restore_capsules(model, env.unwrapped.fullpath)
-    if version >= (3, 5):  # a contact's margin became the sum of its two geoms', here all equal
-        model.geom_margin[:] /= 2
     for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # unknown to, and off in, old releases
         model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
-    # The last releases that replayed recordings of the original simulator exactly.
-    if version > ((3, 1) if robot == "AdroitHandDoor" else (3, 9)):
+    # The last releases that replayed recordings of the original simulator exactly: in 3.5, a
+    # contact's margin changed.
+    if version > ((3, 1) if robot == "AdroitHandDoor" else (3, 4)):
         warnings.warn(f"MuJoCo {mujoco.__version__} is not known to reproduce D4RL's {robot}; 3.1.6"
                       " does", stacklevel=3)
 
@@ -962,9 +979,9 @@ def make_env(task: str, physics: str = "exact"):
     """
     import gymnasium as gym
 
-    family = next((name for name in D4RL_ENVS if task.startswith(f"{name}-")), None)
-    gym_id, horizon = D4RL_ENVS.get(family, (task.rpartition(":")[0] or task, None))
-    maze = MAZES.get(family)
+    family = next((name for name in ROBOTS if task.startswith(f"{name}-")), "")
+    local = Robot("gym", task.rpartition(":")[0] or task, 0, ())
+    _, gym_id, horizon, _, maze = ROBOTS.get(family, local)
     if gym_id.startswith("AdroitHand"):
         import gymnasium_robotics
 
@@ -1034,9 +1051,8 @@ def make_envs(task: Task, args: argparse.Namespace):
 
 def reference_returns(args: argparse.Namespace, task: Task) -> tuple[float, float]:
     """The returns that score 0 and 100: d4rl's, or a random and the expert policy's, once there."""
-    robot = re.fullmatch(r"(halfcheetah|hopper|walker2d)-v\d", task.robot.lower())
-    if robot or not task.quality:
-        name, infos = f"{robot[1]}-medium-v2" if robot else task.name, d4rl_infos()
+    name = f"{task.robot.rpartition('-')[0].lower()}-medium-v2" if task.quality else task.name
+    if name in (infos := d4rl_infos()).REF_MIN_SCORE:
         return infos.REF_MIN_SCORE[name], infos.REF_MAX_SCORE[name]
     path = expert_folder(args, task) / "scores.json"
     if args.scheme == "expert" or not path.is_file():
@@ -1123,59 +1139,57 @@ COLUMNS = (
 
 
 def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
-              horizon: int) -> tuple[Data, Units, Callable[[float], float], float]:
-    """D, with room for interactions, in the networks' units.
-
-    Also those units, environment's reward -> learner's reward, and D's mean return.
-    """
-    scheme, device = SCHEMES[args.scheme], torch.device(args.device)
-    mean, std, scale, raw = np.zeros(state_dim), np.ones(state_dim), 1.0, {"returns": [math.nan]}
+              horizon: int) -> tuple[Data, Units, float]:
+    """D, with room for interactions, in the learners' units; these; and D's mean raw return."""
+    scheme, n, score, mean, std, scale = SCHEMES[args.scheme], 0, math.nan, 0.0, 1.0, 1.0
     if scheme.data:
         raw = read_dataset(dataset_path(args, task), state_dim, box.low, box.high, horizon)
+        n, score = len(raw["reward"]), float(raw["returns"].mean())
         if args.normalize:
             mean, std = raw["state"].mean(0), raw["state"].std(0) + 1e-3
         if args.reward_scale:
             scale = 1000 / max(np.ptp(raw["returns"]), 1e-8)
-    units = Units(*(torch.as_tensor(x, dtype=torch.float32, device=device)
-                    for x in (mean, std, box.low, box.high)))
-    room = int(args.budget) if scheme.budget == "interactions" else 0
-    data = Data(len(raw.get("reward", ())) + room, state_dim, len(box.low), device)
+    tensors = (np.zeros(state_dim) + mean, np.zeros(state_dim) + std, box.low, box.high)
+    units = Units(*(torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in tensors),
+                  float(scale), args.reward_shift)
+    room = args.budget if scheme.spends == "interactions" else 0
+    data = Data(n + room, state_dim, len(box.low), torch.device(args.device))
     if scheme.data:
         state, action, reward, next_state, done = (
-            torch.as_tensor(raw[k], device=device)
+            torch.as_tensor(raw[k], device=args.device)
             for k in ("state", "action", "reward", "next_state", "done"))
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
         data.append(units.state(state), units.action(action).clamp(-limit, limit),
-                    scale * reward + args.reward_shift, units.state(next_state), done)
+                    units.reward(reward), units.state(next_state), done)
         data.offline = data.size
-    return data, units, lambda r: scale * r + args.reward_shift, float(np.mean(raw["returns"]))
+    return data, units, score
 
 
 class Interaction:
     """The training environment, which only schemes that interact have."""
 
-    def __init__(self, env, units: Units, data: Data, reward: Callable[[float], float], seed: int):
-        self.env, self.units, self.data, self.reward = env, units, data, reward
-        self.device = units.low.device
-        self.state, self.steps, self.timeouts = self._tensor(env.reset(seed=seed)[0]), 0, []
+    def __init__(self, env, units: Units, data: Data, seed: int):
+        self.env, self.units, self.data, self.steps, self.timeouts = env, units, data, 0, []
+        self.state = self._tensor(env.reset(seed=seed)[0])
 
     def _tensor(self, state: np.ndarray) -> Tensor:
-        return self.units.state(torch.as_tensor(state, dtype=torch.float32, device=self.device))
+        device = self.units.low.device
+        return self.units.state(torch.as_tensor(state, dtype=torch.float32, device=device))[None]
 
     @torch.no_grad()
     def step(self, explore: Callable | None, generator: torch.Generator) -> None:
         """One step with explore(state, noise), or with a uniformly random action if it is None."""
-        noise = torch.empty(1, len(self.units.low), device=self.device)
+        noise = torch.empty_like(self.units.low)[None]  # (1, A)
         if explore is None:
             action = noise.uniform_(-1, 1, generator=generator)
         else:
-            action = explore(self.state[None], noise.normal_(generator=generator))  # (1, A)
+            action = explore(self.state, noise.normal_(generator=generator))
         state, reward, terminal, truncated, _ = self.env.step(
             self.units.raw_action(action)[0].cpu().numpy())
-        state = self._tensor(state)
-        self.data.append(self.state[None], action, torch.tensor([self.reward(reward)]), state[None],
-                         torch.tensor([terminal]))
-        self.timeouts += [self.data.size - 1] * truncated
+        if truncated and not terminal:
+            self.timeouts.append(self.data.size)
+        state, reward = self._tensor(state), torch.tensor([self.units.reward(reward)])
+        self.data.append(self.state, action, reward, state, torch.tensor([terminal]))
         self.state = self._tensor(self.env.reset()[0]) if terminal or truncated else state
         self.steps += 1
 
@@ -1184,21 +1198,21 @@ class Log:
     """A run's config.json, progress.csv with a row for each evaluation, and lines on the screen."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, task: Task, behaviour: float, spec):
-        self.folder, self.rows, self.row = folder, [], dict.fromkeys(COLUMNS, math.nan)
+        self.folder, self.rows, self.row = folder, [], {}
         self.zero, self.hundred = reference_returns(args, task)
         self.started, self.evaluating = time.time(), 0.0
         protocol = {
             "environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
             "episodes": args.eval_episodes, "return_0": self.zero, "return_100": self.hundred,
             "behaviour_score": self.score(behaviour)}
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                             capture_output=True, text=True)
-        versions = {name: importlib.metadata.version(name) for name in
-                    ("torch", "numpy", "gymnasium", "mujoco")} | {"commit": git.stdout.strip()}
+        packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")
+        versions = {d.name: d.version for d in importlib.metadata.distributions()
+                    if d.name in packages} | {"commit": commit()}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.pt").unlink(missing_ok=True)  # with --overwrite: no longer a finished run
-        write_text(folder / "config.json", json.dumps(
-            {"args": vars(args), "protocol": protocol, "versions": versions}, indent=2))
+        for old in (folder / "model.pt", *folder.glob("audit-*.npz")):
+            old.unlink(missing_ok=True)
+        config = {"args": vars(args), "protocol": protocol, "versions": versions}
+        write_text(folder / "config.json", json.dumps(finite(config), indent=2))
         print(f"{folder}: " + ", ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in protocol.items()))
 
@@ -1206,23 +1220,39 @@ class Log:
         """D4RL's normalised score of a return."""
         return 100 * (value - self.zero) / (self.hundred - self.zero)
 
-    def write(self, step: int, updates: int, value: float, losses: dict[str, float]) -> None:
+    def write(self, step: int, updates: int, value: float) -> None:
         """Completes `row` with the mean return `value`, and writes and prints it."""
         from tqdm import tqdm
 
         seconds = time.time() - self.started
-        self.row |= losses | {"step": step, "return": value, "score": self.score(value),
+        self.row |= {"step": step, "return": value, "score": self.score(value),
                      "seconds": round(seconds, 2),
                      "updates_per_second": round(step / (seconds - self.evaluating), 1)}
-        self.rows.append(dict(self.row))
+        self.rows.append(finite(self.row))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in self.rows)
+        writer.writerows(self.rows)
         write_text(self.folder / "progress.csv", text.getvalue())
         left = datetime.timedelta(seconds=round(seconds / step * (updates - step)))
-        shown = {k: v for k, v in self.row.items() if v == v and v != 0 and k not in COLUMNS[-2:]}
-        tqdm.write(f"left {left}  " + "  ".join(f"{k} {v:,.4g}" for k, v in shown.items()))
+        shown = [f"{k} {self.row[k]:,.5g}" for k in COLUMNS[1:-2] if k in self.row]
+        tqdm.write("  ".join([f"step {step:,}", f"left {left}", *shown]))
+
+
+def finite(x):
+    """x with None for every number that is not finite, for JSON and CSV know no NaN."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def commit() -> str:
+    """This file's git commit, if it is in a repository."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def read_progress(path: Path) -> list[dict[str, float]]:
@@ -1233,7 +1263,8 @@ def read_progress(path: Path) -> list[dict[str, float]]:
 def run_folder(args: argparse.Namespace, task: Task) -> Path:
     """<out>/<env>/<algo>-<scheme>[-variant]/<seed>; the variant is what is not the scheme's own."""
     variant = [args.timing] * (args.timing != SCHEMES[args.scheme].timing)
-    variant += ["inf"] * math.isinf(args.budget) + ["no-ranknet"] * (not args.ranknet)
+    if args.scheme == "oap":
+        variant += ["inf"] * math.isinf(args.budget) + ["no-ranknet"] * (not args.ranknet)
     name = "-".join([args.algo, args.scheme, *variant] + [args.tag] * bool(args.tag))
     env = task.robot if args.scheme == "expert" else task.name
     return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(args.seed))
@@ -1244,19 +1275,30 @@ def expert_folder(args: argparse.Namespace, task: Task) -> Path:
     return Path(args.out, re.sub(r"[^\w.-]", "-", task.robot), "sac-expert", "0")
 
 
+def finished(folder: Path, args: argparse.Namespace) -> bool:
+    """Whether this very run is there. Raises BadInput if another, with other arguments, is."""
+    if args.overwrite or not (folder / "model.pt").is_file():
+        return False
+    old, new = json.loads((folder / "config.json").read_text())["args"], finite(vars(args))
+    free = ("overwrite", "device", "out") + ("env",) * (args.scheme == "expert")
+    if differ := [k for k in new if k not in free and old.get(k) != new[k]]:
+        flag, was = differ[0].replace("_", "-"), old.get(differ[0])
+        raise BadInput(f"{folder} was finished with --{flag} {was}, not {new[differ[0]]}: use --tag"
+                       " for another folder, or --overwrite")
+    print(f"{folder} is finished")
+    return True
+
+
 def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
-    """Trains ID's black box and makes the datasets of ID:QUALITY, if this run lacks any of them."""
-    scheme, folder = SCHEMES[args.scheme], expert_folder(args, task)
-    if not task.quality or args.scheme == "expert":
-        return
-    needed = ["scores.json"] * math.isnan(reference_returns(args, task)[0])
-    needed += ["model.pt"] * ((scheme.budget == "queries" or args.audit) and not args.expert)
-    needed += [f"{task.quality}.hdf5"] * (scheme.data and not args.dataset)
-    if missing := [name for name in needed if not (folder / name).is_file()]:
-        print(f"{folder} lacks {', '.join(missing)}: first, SAC trains for {args.expert_steps:,}"
-              " steps there (each line says how long is left)")
+    """Trains ID's black box and makes ID's datasets, unless they are there or others are given."""
+    folder = expert_folder(args, task)
+    given = args.dataset and args.expert and not math.isnan(reference_returns(args, task)[0])
+    there = given or (folder / "model.pt").is_file()
+    if task.quality and args.scheme != "expert" and not there:
+        print(f"{folder} has no black box and no data yet: first, SAC trains for"
+              f" {args.expert_steps:,} steps (each line says how long is left)")
         same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every")
-        train(parse_args(["--scheme=expert", "--overwrite", f"--env={task.name}"] + [
+        train(parse_args(["--scheme=expert", f"--env={task.name}"] + [
             f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]))
 
 
@@ -1298,7 +1340,7 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs, snapshots: list,
     both["timeouts"][size // 2 - 1] = True  # nothing follows the first half's last row
     replay = {k: v[:samples].cpu().numpy() for k, v in {
         "observations": units.raw_state(history.state), "actions": units.raw_action(history.action),
-        "rewards": history.reward[:, 0], "terminals": history.not_done[:, 0] == 0,
+        "rewards": history.reward[:, 0] - units.reward_shift, "terminals": history.not_done[:, 0] == 0,
         "timeouts": torch.isin(torch.arange(samples), torch.tensor(interaction.timeouts)),
     }.items()}  # fmt: skip
     for quality, arrays in zip(QUALITIES, (random, medium, replay, both, expert), strict=True):
@@ -1309,14 +1351,14 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs, snapshots: list,
 def train(args: argparse.Namespace) -> list[dict[str, float]]:
     """One run of one scheme: Algorithm 1 with `--scheme oap`. Returns the rows of progress.csv.
 
-    Raises BadInput, before anything is written, if arguments, files and environment don't fit.
+    Raises BadInput, before anything is written, if arguments, files and environment don't fit, and
+    if losses diverge.
     """
     from tqdm import tqdm
 
     task, scheme, device = parse_task(args.env), SCHEMES[args.scheme], torch.device(args.device)
-    folder, asks = run_folder(args, task), scheme.budget == "queries"
-    if (folder / "model.pt").is_file() and not args.overwrite:
-        print(f"{folder} is finished (--overwrite runs it again)")
+    folder, asks = run_folder(args, task), scheme.spends == "queries"
+    if finished(folder, args):
         return read_progress(folder / "progress.csv")
     envs = make_envs(task, args)
     spec, box = envs.get_attr("spec")[0], envs.single_action_space
@@ -1324,25 +1366,24 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     prepare_local_task(args, task)
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
-    data, units, reward, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
+    data, units, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
     updates = args.steps + args.finetune_steps * scheme.finetune
     with device:
-        agent = ALGORITHMS[args.algo](S, A, args, updates)
-        ranknet = RankNet(S, A) if asks and args.ranknet else None
+        agent = ALGORITHMS[args.algo](S, A, args, math.inf if args.scheme == "o2o" else updates)
+        ranknet = RankNet(S, A).eval() if asks and args.ranknet else None
     ranknet_opt = adam(ranknet, args.lr) if ranknet else None
     black_box = interaction = None
     if asks or args.audit:
-        spec_or_file = args.expert or str(expert_folder(args, task) / "model.pt")
-        black_box = load_black_box(spec_or_file, units, args.budget if asks else 0)
-    if scheme.budget == "interactions":
-        env = make_env(task.name, args.physics)
-        interaction = Interaction(env, units, data, reward, args.seed)
+        expert = args.expert or str(expert_folder(args, task) / "model.pt")
+        black_box = load_black_box(expert, units, args.budget if asks else 0)
+    if scheme.spends == "interactions":
+        interaction = Interaction(make_env(task.name, args.physics), units, data, args.seed)
     log, losses, snapshots = Log(folder, args, task, behaviour, spec), {}, []
     policy, queries = raw_policy(agent.actor, units), QueryDataset(data.offline, A, device)
     d = (data.state[: data.offline], data.action[: data.offline])  # (N, S), (N, A)
-    interval, start, stop = args.interval, 0, args.steps
-    if args.timing == "ft":
-        interval, start, stop = args.steps, args.steps, updates
+    ft = args.timing == "ft"
+    start, stop = (args.steps, updates) if ft else (0, args.steps)  # interactions are spent here
+    rounds = range(args.steps if ft else args.interval, args.steps + 1, args.interval)
     random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
 
     for step in tqdm(range(1, updates + 1), disable=None, unit=" updates", smoothing=0.05):
@@ -1356,30 +1397,31 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
         noise = torch.randn(2, args.batch_size, A, generator=generator, device=device)
         losses |= agent.update(data.batch(index), noise, step)
 
-        asking = asks and step <= args.steps and step % interval == 0
-        if asking:
-            count = min(due(step, args.budget, 0, args.steps) - black_box.asked, data.offline)
+        last, asking = step == updates, asks and step in rounds
+        auditing = args.audit and (asking or step % args.interval == 0 or last)
+        if not (asking or auditing or step % args.eval_every == 0 or last):
+            continue
+        log.row |= {name: loss.item() for name, loss in losses.items()}
+        if not all(math.isfinite(log.row[name]) for name in losses):
+            raise BadInput(f"diverged at update {step:,}: {log.row}; {folder} has what came before")
+        owed = due(step, args.budget, 0, args.steps) - black_box.asked if asking else 0
+        if count := min(owed, data.offline):
             log.row |= oap_round(agent.actor, *d, data.preferred, count, queries, black_box,
                                  ranknet, ranknet_opt, args.ranknet_epochs, generator)
-        if args.audit and (asking or step % args.interval == 0 or step == updates):
-            log.row |= audit(agent.actor, *d, queries.asked, black_box, ranknet,
+        if auditing:
+            trained = ranknet if len(queries.index) else None
+            log.row |= audit(agent.actor, *d, queries.asked, black_box, trained,
                              folder / f"audit-{step}.npz")
-        if asking or step % args.eval_every == 0 or step == updates:
-            values = {name: loss.item() for name, loss in losses.items()}
-            if not all(map(math.isfinite, values.values())):  # no environment should meet a NaN
-                raise BadInput(f"diverged at update {step:,}: {values}; see {log.folder}")
-            started = time.time()
-            seed = 10**9 * (args.seed + 1) + 1000 * step
-            returns = evaluate(envs, policy, args.eval_episodes, seed)
-            log.evaluating += time.time() - started
-            if interaction:
-                log.row["interactions"] = interaction.steps
-            if black_box:
-                log.row |= {"queries": black_box.asked, "audited": black_box.audited}
-            log.write(step, updates, float(returns.mean()), values)
-            if args.scheme == "expert" and (
-                    step == updates or not snapshots or returns.mean() > snapshots[-1][0]):
-                snapshots.append((returns.mean(), data.size, copy.deepcopy(agent.actor)))
+        started = time.time()
+        seed = int(np.random.SeedSequence((args.seed, step)).generate_state(1)[0])
+        returns = evaluate(envs, policy, args.eval_episodes, seed)
+        log.evaluating += time.time() - started
+        log.row |= {"interactions": interaction.steps} if interaction else {}
+        log.row |= {"queries": black_box.asked, "audited": black_box.audited} if black_box else {}
+        log.write(step, updates, float(returns.mean()))
+        if args.scheme == "expert" and (
+                last or not snapshots or returns.mean() > snapshots[-1][0]):
+            snapshots.append((returns.mean(), data.size, copy.deepcopy(agent.actor)))
     if args.scheme == "expert" and task.quality:
         make_datasets(args, folder, envs, snapshots, interaction)
     saved = {"algo": args.algo, "env": args.env, "units": list(units),
@@ -1391,7 +1433,7 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def final_score(rows: list[dict[str, float]]) -> float:
     """The paper's number: the mean of the final 10 evaluations."""
-    return float(np.mean([row["score"] for row in rows[-10:]]))
+    return float(np.mean([row["score"] or math.nan for row in rows[-10:]]))
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -1425,17 +1467,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """Arguments with all defaults in place. Raises BadInput."""
     args = build_parser().parse_args(argv)
     task, scheme = parse_task(args.env), SCHEMES[args.scheme]
-    if args.scheme == "expert":
-        args.algo, args.steps, args.budget = "sac", args.expert_steps, args.expert_steps
+    expert = args.scheme == "expert"
+    if expert and (args.algo or args.steps or args.budget):
+        raise BadInput("--scheme expert is SAC for --expert-steps: no --algo, --steps, --budget")
+    if not scheme.data and (args.normalize or args.reward_scale):
+        raise BadInput(f"--normalize and --reward-scale need D, and {args.scheme} has none")
+    algo = "sac" if expert else args.algo or "td3bc"
     defaults = {name: column[task.domain] for name, column in DOMAIN_DEFAULTS.items()} | {
-        "timing": scheme.timing, "normalize": args.algo == "td3bc" and scheme.data,
-        "reward_scale": args.algo == "iql" and task.domain == "gym" and not task.quality}
+        "algo": algo, "steps": args.expert_steps if expert else 1_000_000,
+        "budget": args.expert_steps if expert else 100_000, "timing": scheme.timing,
+        "normalize": algo == "td3bc" and scheme.data,
+        "reward_scale": algo == "iql" and scheme.data and task.domain == "gym" and not task.quality}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if scheme.budget == "interactions" and math.isinf(args.budget):
+    if scheme.spends == "interactions" and math.isinf(args.budget):
         raise BadInput("--budget inf: interactions need a number")
-    if scheme.budget == "queries" and args.timing == "interval" and args.interval > args.steps:
+    if scheme.spends == "queries" and args.timing == "interval" and args.interval > args.steps:
         raise BadInput(f"--interval {args.interval} > --steps {args.steps}: nothing would be asked")
     if args.timing == "ft" and not scheme.finetune:
         raise BadInput(f"--timing ft: {args.scheme} has no second phase")

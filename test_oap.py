@@ -91,7 +91,8 @@ def test_eq_6_by_hand_on_two_samples():
     batch = oap.Batch(torch.zeros(2, 1), torch.full((2, 2), 9.0), None, None, None, preferred)
     # λ = 2.5 / mean(4, 2); mean Q is 1; the squared distances are 0, 1, 0.25, 0, and a plays no part
     assert oap.td3bc_actor_loss(actor, critic, batch, 2.5).item() == pytest.approx(
-        -2.5 / 3 * 1 + 1.25 / 4)
+        -2.5 / 3 * 1 + 1.25 / 4
+    )
 
 
 def test_expectile_by_hand():
@@ -111,7 +112,8 @@ def test_iql_weight_and_likelihood_use_the_preferred_action():
     normal = torch.distributions.Normal(actor(state), 1.0)
     expected = -(torch.tensor([math.exp(3 * 0.5), 100.0]) * normal.log_prob(preferred)[:, 0]).mean()
     assert oap.iql_actor_loss(actor, value, critic, batch, 3.0).item() == pytest.approx(
-        expected.item(), rel=1e-5)
+        expected.item(), rel=1e-5
+    )
 
 
 def test_a_terminal_cuts_the_target_and_a_timeout_does_not():
@@ -126,8 +128,13 @@ def test_a_terminal_cuts_the_target_and_a_timeout_does_not():
 def test_policy_noise_is_clipped_and_so_is_the_target_action():
     seen = {}
     target = lambda s, a: seen.setdefault("action", a).expand(-1, 2)  # noqa: E731
-    batch = oap.Batch(*(torch.zeros(3, 1),) * 2, torch.zeros(3), torch.zeros(3, 1), torch.ones(3), None)
-    noise, actor = torch.tensor([[9.0], [-9.0], [1.0]]), lambda s: torch.tensor([[0.8], [0.0], [0.0]])
+    batch = oap.Batch(
+        *(torch.zeros(3, 1),) * 2, torch.zeros(3), torch.zeros(3, 1), torch.ones(3), None
+    )
+    noise, actor = (
+        torch.tensor([[9.0], [-9.0], [1.0]]),
+        lambda s: torch.tensor([[0.8], [0.0], [0.0]]),
+    )
     oap.td3_next_value(target, actor, batch, noise, 0.2, 0.5)
     assert seen["action"][:, 0].tolist() == pytest.approx([1.0, -0.5, 0.2])
 
@@ -143,7 +150,7 @@ def test_sac_log_probability():
     torch.manual_seed(0)
     actor, state, noise = oap.SquashedActor(4, 3), torch.randn(50, 4), torch.randn(50, 3)
     action, log_prob = actor.sample(state, noise)
-    mean, log_std = actor.net(state).chunk(2, -1)
+    mean, log_std = oap.MLP.forward(actor, state).chunk(2, -1)
     d = torch.distributions
     expected = d.TransformedDistribution(d.Normal(mean, log_std.exp()), d.TanhTransform())
     assert torch.allclose(log_prob, expected.log_prob(action).sum(-1), atol=1e-3)
@@ -187,7 +194,9 @@ def test_due_is_exact(budget, steps, interval):
     assert oap.due(5, math.inf, 0, 10) == math.inf and oap.due(5, 10, 5, 10) == 0
 
 
-def make_black_box(prefer=None, budget=math.inf, q=None, mean=(0.0,), std=(1.0,), low=-1.0, high=1.0):
+def make_black_box(
+    prefer=None, budget=math.inf, q=None, mean=(0.0,), std=(1.0,), low=-1.0, high=1.0
+):
     tensors = (mean, std, [low], [high])
     return oap.BlackBox(oap.Units(*map(torch.tensor, tensors)), budget, q, prefer)
 
@@ -195,7 +204,9 @@ def make_black_box(prefer=None, budget=math.inf, q=None, mean=(0.0,), std=(1.0,)
 def run_round(policy, preferred, count, queries, box, ranknet=None):
     state, action = torch.arange(6.0)[:, None], torch.zeros(6, 1)
     optimizer = oap.adam(ranknet, 1e-3) if ranknet else None
-    return oap.oap_round(policy, state, action, preferred, count, queries, box, ranknet, optimizer, 1)
+    return oap.oap_round(
+        policy, state, action, preferred, count, queries, box, ranknet, optimizer, 1
+    )
 
 
 def test_a_round_asks_the_most_divergent_and_freezes_what_was_preferred():
@@ -244,8 +255,14 @@ def test_ranknet_learns_an_order():
 
 def test_the_black_box_counts_refuses_and_sees_raw_numbers():
     seen = []
-    box = make_black_box(lambda s, a, b: seen.append((s, a, b)) or s[:, 0] > 0, budget=5,
-                         mean=(10.0,), std=(2.0,), low=-2.0, high=4.0)
+    box = make_black_box(
+        lambda s, a, b: seen.append((s, a, b)) or s[:, 0] > 0,
+        budget=5,
+        mean=(10.0,),
+        std=(2.0,),
+        low=-2.0,
+        high=4.0,
+    )
     box(torch.tensor([[1.5]] * 3), torch.tensor([[-1.0]] * 3), torch.tensor([[0.5]] * 3))
     assert [x[0].item() for x in seen[0]] == [13.0, -2.0, 2.5]
     box.audit(torch.zeros(9, 1), torch.zeros(9, 1), torch.zeros(9, 1))
@@ -263,8 +280,14 @@ def copy_into(net: nn.Module, sequential: nn.Module):
         p.data.copy_(q.data)
 
 
+def linear_parameters(net: nn.Module):
+    return [p for name, p in net.named_parameters() if name != "log_std"]
+
+
 def published_net(i, o):
-    return nn.Sequential(nn.Linear(i, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, o))
+    return nn.Sequential(
+        nn.Linear(i, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, o)
+    )
 
 
 def arguments(*extra):
@@ -284,7 +307,9 @@ def test_ten_td3bc_updates_equal_the_published_algorithm():
     for t in range(1, 11):
         b, noise = batch_of(rng), torch.randn(2, 64, 3, generator=rng)
         with torch.no_grad():
-            a2 = (torch.tanh(actor_t(b.next_state)) + (noise[0] * 0.2).clamp(-0.5, 0.5)).clamp(-1, 1)
+            a2 = (torch.tanh(actor_t(b.next_state)) + (noise[0] * 0.2).clamp(-0.5, 0.5)).clamp(
+                -1, 1
+            )
             x2 = torch.cat([b.next_state, a2], 1)
             y = b.reward[:, None] + 0.99 * b.not_done[:, None] * torch.min(q1_t(x2), q2_t(x2))
         x = torch.cat([b.state, b.action], 1)
@@ -301,8 +326,13 @@ def test_ten_td3bc_updates_equal_the_published_algorithm():
                 for p, pt in zip(net.parameters(), target.parameters(), strict=True):
                     pt.data.copy_(0.005 * p.data + 0.995 * pt.data)
         agent.update(b, noise, t)
-    for ours, theirs in ((agent.actor, actor), (agent.critic.q1, q1), (agent.critic.q2, q2),
-                         (agent.actor_target, actor_t), (agent.critic_target.q2, q2_t)):
+    for ours, theirs in (
+        (agent.actor, actor),
+        (agent.critic.q1, q1),
+        (agent.critic.q2, q2),
+        (agent.actor_target, actor_t),
+        (agent.critic_target.q2, q2_t),
+    ):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
 
@@ -310,9 +340,16 @@ def test_ten_td3bc_updates_equal_the_published_algorithm():
 def test_ten_iql_updates_equal_the_published_algorithm():
     torch.manual_seed(1)
     rng, agent = torch.Generator().manual_seed(2), oap.IQL(5, 3, arguments("--algo=iql"), 20)
-    mean, v, q1, q2 = published_net(5, 3), published_net(5, 1), published_net(8, 1), published_net(8, 1)
+    mean, v, q1, q2 = (
+        published_net(5, 3),
+        published_net(5, 1),
+        published_net(8, 1),
+        published_net(8, 1),
+    )
     log_std = nn.Parameter(torch.zeros(3))
-    copy_into(agent.actor.net, mean), copy_into(agent.value, v)
+    agent.actor.log_std.data.zero_(), copy_into(agent.value, v)
+    for p, q in zip(linear_parameters(agent.actor), mean.parameters(), strict=True):
+        p.data.copy_(q.data)
     for critic in (agent.critic, agent.critic_target):
         copy_into(critic.q1, q1), copy_into(critic.q2, q2)
     q1_t, q2_t = map(copy.deepcopy, (q1, q2))
@@ -345,17 +382,20 @@ def test_ten_iql_updates_equal_the_published_algorithm():
             for p, pt in zip(net.parameters(), target.parameters(), strict=True):
                 pt.data.copy_(0.005 * p.data + 0.995 * pt.data)
         agent.update(b, None, t)
-    for ours, theirs in ((agent.actor.net, mean), (agent.critic.q1, q1), (agent.value, v),
-                         (agent.critic_target.q2, q2_t)):
+    for ours, theirs in ((agent.critic.q1, q1), (agent.value, v), (agent.critic_target.q2, q2_t)):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(p, q, atol=1e-5), (p - q).abs().max()
     assert torch.allclose(agent.actor.log_std, log_std, atol=1e-5)
+    for p, q in zip(linear_parameters(agent.actor), mean.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-5)
 
 
 def test_no_update_leaves_gradients_in_other_networks():
     agent, rng = oap.TD3BC(5, 3, arguments(), 10), torch.Generator().manual_seed(0)
     before = copy.deepcopy(agent.critic.state_dict())
-    oap.descend(agent.actor_opt, oap.td3bc_actor_loss(agent.actor, agent.critic, batch_of(rng), 2.5))
+    oap.descend(
+        agent.actor_opt, oap.td3bc_actor_loss(agent.actor, agent.critic, batch_of(rng), 2.5)
+    )
     assert all(p.grad is None for p in agent.critic.parameters())
     assert all(torch.equal(v, before[k]) for k, v in agent.critic.state_dict().items())
 
@@ -392,13 +432,21 @@ def test_datasets_are_read_as_d4rl_does(tmp_path, with_timeouts):
     read = oap.read_dataset(tmp_path / "d.hdf5", 3, -np.ones(2), np.ones(2), horizon)
     index, done = map(np.array, zip(*qlearning_dataset(raw, horizon), strict=True))
     for key, expected in (
-            ("state", raw["observations"][index]), ("next_state", raw["observations"][index + 1]),
-            ("action", raw["actions"][index]), ("reward", raw["rewards"][index]), ("done", done)):
+        ("state", raw["observations"][index]),
+        ("next_state", raw["observations"][index + 1]),
+        ("action", raw["actions"][index]),
+        ("reward", raw["rewards"][index]),
+        ("done", done),
+    ):
         np.testing.assert_array_equal(read[key], expected)
     assert read["returns"].sum() == pytest.approx(raw["rewards"][index].sum())
     if with_timeouts:
-        episodes = np.split(np.arange(n), np.flatnonzero((raw["terminals"] | raw["timeouts"])[:-1]) + 1)
-        returns = [raw["rewards"][kept].sum() for e in episodes if len(kept := np.intersect1d(e, index))]
+        episodes = np.split(
+            np.arange(n), np.flatnonzero((raw["terminals"] | raw["timeouts"])[:-1]) + 1
+        )
+        returns = [
+            raw["rewards"][kept].sum() for e in episodes if len(kept := np.intersect1d(e, index))
+        ]
         np.testing.assert_allclose(read["returns"], returns)
 
 
@@ -411,7 +459,12 @@ def test_local_datasets_are_d4rl_s_and_of_rising_quality(out):
             data = {key: file[key][()] for key in file}
         n = scores["medium_steps"] if quality == "medium-replay" else 500
         assert {k: v.shape for k, v in data.items()} == {
-            "observations": (n, 2), "actions": (n, 1), "rewards": (n,), "terminals": (n,), "timeouts": (n,)}
+            "observations": (n, 2),
+            "actions": (n, 1),
+            "rewards": (n,),
+            "terminals": (n,),
+            "timeouts": (n,),
+        }
         assert data["terminals"].dtype == data["timeouts"].dtype == bool
         assert data["actions"].min() >= -2 and 1 < data["actions"].max() <= 3  # raw, not in [-1, 1]
         # what follows is the next state, but after an end
@@ -424,7 +477,7 @@ def test_local_datasets_are_d4rl_s_and_of_rising_quality(out):
 def test_actions_and_states_in_the_networks_units(out):
     args = oap.parse_args(["--env=Point-v0:medium", "--scheme=offline", f"--out={out}"])
     box = gym.spaces.Box(-2.0, 3.0, (1,), np.float32)
-    data, units, _, _ = oap.load_data(args, oap.parse_task(args.env), box, 2, 20)
+    data, units, _ = oap.load_data(args, oap.parse_task(args.env), box, 2, 20)
     assert data.action.abs().max() <= 1 and data.state.mean(0).abs().max() < 1e-3
     assert torch.allclose(data.state.std(0), torch.ones(2), atol=0.02)
     with h5py.File(Path(out, "Point-v0/sac-expert/0/medium.hdf5")) as file:
@@ -435,16 +488,26 @@ def test_actions_and_states_in_the_networks_units(out):
 
 def test_iql_scales_locomotion_rewards_and_antmaze_is_shifted(tmp_path):
     path = tmp_path / "hopper.hdf5"
-    oap.write_dataset(path, {
-        "observations": np.ones((6, 11)), "actions": np.ones((6, 3)), "rewards": np.arange(6.0),
-        "terminals": np.array([0, 1, 0, 0, 1, 0]), "timeouts": np.zeros(6)})
+    oap.write_dataset(
+        path,
+        {
+            "observations": np.ones((6, 11)),
+            "actions": np.ones((6, 3)),
+            "rewards": np.arange(6.0),
+            "terminals": np.array([0, 1, 0, 0, 1, 0]),
+            "timeouts": np.zeros(6),
+        },
+    )
     box = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
     for algo, scale, limit in (("td3bc", 1, 1.0), ("iql", 1000 / (9 - 1), 1 - 1e-5)):
-        args = oap.parse_args(["--env=hopper-medium-v2", f"--dataset={path}", "--scheme=offline",
-                               f"--algo={algo}"])
-        data, _, reward, _ = oap.load_data(args, oap.parse_task(args.env), box, 11, 1000)
+        args = oap.parse_args(
+            ["--env=hopper-medium-v2", f"--dataset={path}", "--scheme=offline", f"--algo={algo}"]
+        )
+        data, units, _ = oap.load_data(args, oap.parse_task(args.env), box, 11, 1000)
         np.testing.assert_allclose(data.reward[:, 0], scale * np.arange(5.0))
-        assert reward(2.0) == 2 * scale and data.action.max().item() == pytest.approx(limit, abs=1e-7)
+        assert units.reward(2.0) == 2 * scale and data.action.max().item() == pytest.approx(
+            limit, abs=1e-7
+        )
     assert oap.parse_args(["--env=antmaze-umaze-v0"]).reward_shift == -1
 
 
@@ -469,8 +532,9 @@ def test_one_step_equals_the_original_simulator(path):
     env = oap.make_env(path.stem)
     assert env.spec.max_episode_steps == rows["max_episode_steps"]
     steps = []
-    for qpos, qvel, extra, action in zip(*(rows[k] for k in ("qpos", "qvel", "extra", "action")),
-                                         strict=True):
+    for qpos, qvel, extra, action in zip(
+        *(rows[k] for k in ("qpos", "qvel", "extra", "action")), strict=True
+    ):
         env.reset()
         set_state(env, qpos, qvel, extra)
         steps.append(env.step(action)[:3])
@@ -496,7 +560,9 @@ def test_old_capsules():
     assert stock.body_mass.sum() / hopper.body_mass.sum() == pytest.approx(1.036, abs=1e-3)
 
 
-@pytest.mark.parametrize("size, cell", [("umaze", (0, 8)), ("medium", (20, 20)), ("large", (32, 24))])
+@pytest.mark.parametrize(
+    "size, cell", [("umaze", (0, 8)), ("medium", (20, 20)), ("large", (32, 24))]
+)
 def test_antmaze_start_goal_and_success(size, cell):
     env = oap.make_env(f"antmaze-{size}-play-v0")
     obs = np.array([env.reset(seed=0)[0]] + [env.reset()[0] for _ in range(99)])
@@ -526,7 +592,9 @@ UNITS = oap.Units(torch.tensor([5.0, 5.0]), torch.tensor([2.0, 2.0]),
 
 def sb3_zip(path, state_dim=2, kwargs="{'use_sde': False}"):
     nets = [published_net(state_dim + 1, 1) for _ in range(2)]
-    weights = {f"critic.qf{i}.{k}": v for i, net in enumerate(nets) for k, v in net.state_dict().items()}
+    weights = {
+        f"critic.qf{i}.{k}": v for i, net in enumerate(nets) for k, v in net.state_dict().items()
+    }
     weights |= {"actor.mu.weight": torch.zeros(1), "critic_target.qf0.0.weight": torch.zeros(1)}
     torch.save(weights, path.with_suffix(".pth"))
     with zipfile.ZipFile(path, "w") as archive:
@@ -543,7 +611,10 @@ def test_a_stable_baselines3_zip_is_a_black_box(tmp_path):
     q = torch.min(*(net(x)[:, 0] for net in nets))
     assert torch.allclose(box.value(state, action), q, atol=1e-5)
     better = box(state, action, -action)
-    assert torch.equal(better, box.value(state, action) >= box.value(state, -action)) and box.asked == 9
+    assert (
+        torch.equal(better, box.value(state, action) >= box.value(state, -action))
+        and box.asked == 9
+    )
 
 
 def test_torchscript_and_a_function_are_black_boxes(tmp_path, monkeypatch):
@@ -554,7 +625,9 @@ def test_torchscript_and_a_function_are_black_boxes(tmp_path, monkeypatch):
     path = str(tmp_path / "q.ts")
     torch.jit.trace(Q(), (torch.zeros(3, 2), torch.zeros(3, 1))).save(path)
     box = oap.load_black_box(path, UNITS, 100)
-    assert box.value(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0]])).tolist() == [1.0]  # (5 - 4)²
+    assert box.value(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0]])).tolist() == [
+        1.0
+    ]  # (5 - 4)²
     (tmp_path / "mine.py").write_text("def prefer(s, a, b):\n    return (a > b)[:, 0]\n")
     monkeypatch.chdir(tmp_path)
     box = oap.load_black_box("mine:prefer", UNITS, 100)
@@ -589,7 +662,8 @@ def test_bad_files_are_no_black_boxes(tmp_path, out):
 
     torch.save({"critic": Pickled()}, tmp_path / "evil.pt")
     torch.jit.trace(lambda s, a: s * float("nan"), (torch.zeros(3, 2), torch.zeros(3, 1))).save(
-        str(tmp_path / "nan.ts"))
+        str(tmp_path / "nan.ts")
+    )
     for name in ("wide.zip", "tanh.zip", "text.pt", "evil.pt", "nan.ts", "missing.pt"):
         with pytest.raises(oap.BadInput, match=name):
             oap.load_black_box(str(tmp_path / name), UNITS, 100)
@@ -638,7 +712,9 @@ def test_variants(out, argv, name, queries):
         assert rows[-1]["queries"] == pytest.approx(queries, rel=0.1 if queries > 30 else 0)
         rounds = [row["step"] for row in rows if row["queries"] > 0]
         assert rounds[0] == (40 if "ft" in name else 20)
-        assert math.isnan(rows[-1]["ranknet_loss"]) == (name in ("td3bc-oap-inf", "td3bc-oap-no-ranknet"))
+        assert math.isnan(rows[-1]["ranknet_loss"]) == (
+            name in ("td3bc-oap-inf", "td3bc-oap-no-ranknet")
+        )
     if "--audit" in argv:
         audit = np.load(folder / "audit-60.npz")
         assert set(audit) == {"divergence", "asked", "prefers_data", "value_gain"}
@@ -682,19 +758,39 @@ def test_offline_and_oap_step_no_training_environment(out, monkeypatch, tmp_path
         assert counted["steps"] == steps
 
 
-def test_evaluation_feeds_no_learning(out, tmp_path):
+@pytest.mark.parametrize("algo", ["td3bc", "iql"])
+def test_neither_evaluations_nor_audits_feed_learning(out, algo):
     models = []
-    for every in (10, 30):
-        assert run(f"--eval-every={every}", f"--out={out}", "--overwrite") == 0
-        models.append(torch.load(Path(out, "Point-v0-medium/td3bc-oap/0/model.pt"), weights_only=True))
+    for extra in (["--eval-every=10"], ["--eval-every=30"], ["--audit"]):
+        assert run(*extra, "--timing=ft", f"--algo={algo}", "--iql-dropout=0.1", f"--out={out}",
+                   "--overwrite", "--tag=fed") == 0  # fmt: skip
+        models.append(torch.load(Path(out, f"Point-v0-medium/{algo}-oap-ft-fed/0/model.pt")))
     for key, value in models[0]["actor"].items():
-        assert torch.equal(value, models[1]["actor"][key])
+        assert torch.equal(value, models[1]["actor"][key]) and torch.equal(
+            value, models[2]["actor"][key]
+        )
+
+
+def test_a_finished_run_is_not_mistaken_for_another(out, capsys):
+    assert run(f"--out={out}", "--tag=twice") == run(f"--out={out}", "--tag=twice") == 0
+    assert run(f"--out={out}", "--tag=twice", "--lr=1e-4") == 2
+    assert "finished with --lr 0.0003, not 0.0001" in capsys.readouterr().err
+    assert run(f"--out={out}", "--tag=twice", "--lr=1e-4", "--overwrite") == 0
+
+
+def test_a_budget_smaller_than_the_number_of_rounds(out):
+    assert run(f"--out={out}", "--tag=poor", "--budget=3", "--interval=8") == 0
+    rows = oap.read_progress(Path(out, "Point-v0-medium/td3bc-oap-poor/0/progress.csv"))
+    assert [row["queries"] for row in rows] == [0, 1, 1, 1, 2, 3, 3]
 
 
 def test_every_flag_is_read():
     source = (HERE / "oap.py").read_text()
-    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
-            and ast.unparse(node.value) in ("args", "a", "self.args")}
+    read = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "a", "self.args")
+    }
     flags = {action.dest for action in oap.build_parser()._actions} - {"help"}
     assert flags <= read, flags - read
 
@@ -714,6 +810,8 @@ BAD = {
     "no second phase": ["--scheme=offline", "--timing=ft"],
     "endless interaction": ["--scheme=o2o", "--budget=inf"],
     "nothing to audit": ["--scheme=online", "--audit"],
+    "expert takes expert-steps": ["--scheme=expert"],
+    "nothing to normalize by": ["--scheme=online", "--normalize"],
     "no such dataset": ["--dataset=nowhere.hdf5"],
     "dataset is no hdf5": ["--dataset=text.hdf5"],
     "dataset is truncated": ["--dataset=truncated.hdf5"],
@@ -742,8 +840,9 @@ def bad_files(out, tmp_path_factory):
     for name, change in (("lacks", {"actions": None}), ("nan", {"rewards": nan}),
                          ("shape", {"observations": good["observations"][:, :1]}),
                          ("box", {"actions": good["actions"] * 4})):  # fmt: skip
-        oap.write_dataset(folder / f"{name}.hdf5",
-                          {k: v for k, v in (good | change).items() if v is not None})
+        oap.write_dataset(
+            folder / f"{name}.hdf5", {k: v for k, v in (good | change).items() if v is not None}
+        )
     sb3_zip(folder / "wide.zip", state_dim=7)
     return folder
 
@@ -764,14 +863,22 @@ def test_a_diverged_run_stops_with_one_line(out, capsys):
 
 def test_the_file_as_a_program(tmp_path):
     def program(*argv):
-        return subprocess.run([sys.executable, str(HERE / "oap.py"), *argv], cwd=tmp_path,
-                              capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, str(HERE / "oap.py"), *argv],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
 
     assert program("--help").returncode == 0
     failed = program("--env=nothing")
     assert failed.returncode == 2 and failed.stdout == "" and failed.stderr.count("\n") == 1
-    code = "import sys, oap; print([m for m in ('gymnasium', 'h5py', 'mujoco') if m in sys.modules])"
-    imported = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    code = (
+        "import sys, oap; print([m for m in ('gymnasium', 'h5py', 'mujoco') if m in sys.modules])"
+    )
+    imported = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True
+    )
     assert imported.stdout == "[]\n" and not list(tmp_path.iterdir())
 
 
