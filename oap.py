@@ -8,14 +8,14 @@
 OAP improves an offline policy without touching the environment. Now and then it asks a black box
 which of two actions is better in a state of the dataset: the recorded one or the policy's own.
 
-    Algorithm 1                                                       here
-    let ã_i = a_i; for t = 1 .. N_train:                              Data.append, train
-        update the policy by Eq. 6                                    TD3BC.update, IQL.update
-        if t mod M_inter = 0:                                         train, then oap_round:
-            select K·M_inter/N_train samples by divergence            due, divergence, select_queries
-            ask the black box (Eq. 2), add the answers to D_q         BlackBox, QueryDataset
-            train RankNet on D_q (Eq. 3)                              train_ranknet, ranknet_loss
-            answer for all the others with RankNet (Eq. 4)            pseudo_query
+    Algorithm 1                                                   here
+    let ã_i = a_i; for t = 1 .. N_train:                          Data.append, train
+        update the policy by Eq. 6                                TD3BC.update, IQL.update
+        if t mod M_inter = 0:                                     train, then oap_round:
+            select K·M_inter/N_train samples by divergence        due, divergence, select_queries
+            ask the black box (Eq. 2), add the answers to D_q     BlackBox, QueryDataset
+            train RankNet on D_q (Eq. 3)                          train_ranknet, ranknet_loss
+            answer for all the others with RankNet (Eq. 4)        pseudo_query
     Eq. 5 is Eq. 6 with ã = a.  Eq. 6: td3bc_actor_loss, iql_actor_loss.  Eq. 7: improvement_bound.
 
 What the paper leaves open, and what is done here:
@@ -617,9 +617,9 @@ class Units(NamedTuple):
 
 
 class BlackBox:
-    """Answers "is a at least as good as b in s?" at most `budget` times: all that OAP learns of it.
+    """Answers "is a at least as good as b in s?" at most `budget` times, and OAP learns no more.
 
-    Behind it is q(s, a) -> (B,), of tensors, or prefer(s, a, b) -> (B,) bools, of NumPy arrays. Both
+    Behind it is q(s, a) -> (B,) of tensors, or prefer(s, a, b) -> (B,) bools of NumPy arrays. Both
     get the environment's numbers, as `units` says. Raises BadInput for other shapes and for NaN.
     """
 
@@ -1228,11 +1228,11 @@ class Log:
         self.row |= {"step": step, "return": value, "score": self.score(value),
                      "seconds": round(seconds, 2),
                      "updates_per_second": round(step / (seconds - self.evaluating), 1)}
-        self.rows.append(finite(self.row))
+        self.rows.append(dict(self.row))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows(map(finite, self.rows))
         write_text(self.folder / "progress.csv", text.getvalue())
         left = datetime.timedelta(seconds=round(seconds / step * (updates - step)))
         shown = [f"{k} {self.row[k]:,.5g}" for k in COLUMNS[1:-2] if k in self.row]
@@ -1338,11 +1338,12 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs, snapshots: list,
     expert.pop("returns")
     both = {k: np.concatenate([medium[k][: size // 2], expert[k][: size // 2]]) for k in medium}
     both["timeouts"][size // 2 - 1] = True  # nothing follows the first half's last row
-    replay = {k: v[:samples].cpu().numpy() for k, v in {
+    replay = {
         "observations": units.raw_state(history.state), "actions": units.raw_action(history.action),
-        "rewards": history.reward[:, 0] - units.reward_shift, "terminals": history.not_done[:, 0] == 0,
-        "timeouts": torch.isin(torch.arange(samples), torch.tensor(interaction.timeouts)),
-    }.items()}  # fmt: skip
+        "rewards": history.reward[:, 0] - units.reward_shift,
+        "terminals": history.not_done[:, 0] == 0,
+        "timeouts": torch.isin(torch.arange(samples), torch.tensor(interaction.timeouts))}
+    replay = {k: v[:samples].cpu().numpy() for k, v in replay.items()}
     for quality, arrays in zip(QUALITIES, (random, medium, replay, both, expert), strict=True):
         write_dataset(folder / f"{quality}.hdf5", arrays)
     write_text(folder / "scores.json", json.dumps(scores, indent=2))
@@ -1433,7 +1434,7 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def final_score(rows: list[dict[str, float]]) -> float:
     """The paper's number: the mean of the final 10 evaluations."""
-    return float(np.mean([row["score"] or math.nan for row in rows[-10:]]))
+    return float(np.mean([row["score"] for row in rows[-10:]]))
 
 
 # --------------------------------------------------------------------------------------------- main
