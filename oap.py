@@ -50,6 +50,8 @@ import argparse
 import copy
 import csv
 import datetime
+import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
 import io
@@ -58,6 +60,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -714,6 +717,26 @@ def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
 
 # --------------------------------------------------------------------------------------------- data
 
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
+# The first digits of the files' checksums.
+SHA256 = {
+    "halfcheetah-random-v2": "25407aef85b5", "hopper-random-v2": "63103ef7059d",
+    "walker2d-random-v2": "4e863bb6090c", "halfcheetah-medium-v2": "41324e8487a9",
+    "hopper-medium-v2": "5bdf1bc4a713", "walker2d-medium-v2": "cf00f43add04",
+    "halfcheetah-medium-replay-v2": "48d494a4770c", "hopper-medium-replay-v2": "e121c5f7c985",
+    "walker2d-medium-replay-v2": "e75de96a4f77", "halfcheetah-medium-expert-v2": "015db75dae5b",
+    "hopper-medium-expert-v2": "9d51ad87f8c9", "walker2d-medium-expert-v2": "6b8d7f868c45",
+    "antmaze-umaze-v0": "188838316eab", "antmaze-umaze-diverse-v0": "4aff7f77b97a",
+    "antmaze-medium-play-v0": "527385c14b87", "antmaze-medium-diverse-v0": "b77764cac90c",
+    "antmaze-large-play-v0": "e37afef5b80b", "antmaze-large-diverse-v0": "dda7acbdde1a",
+    "pen-human-v1": "209e345b2150", "pen-cloned-v1": "6d1a982cee19",
+    "antmaze-umaze-v2": "5ef15257771c", "antmaze-umaze-diverse-v2": "c771dd63963c",
+    "antmaze-medium-play-v2": "c9fec1c1daad", "antmaze-medium-diverse-v2": "ad9dcbac05d1",
+    "antmaze-large-play-v2": "6d353df24578", "antmaze-large-diverse-v2": "84f775eb7956",
+    "pen-expert-v1": "3791b8ca6a80", "door-human-v1": "f9691288c3dd",
+    "door-cloned-v1": "1f6a60ecc4d2", "door-expert-v1": "66df4cd4e0a1",
+}  # fmt: skip
+
 
 class Data:
     """Transitions in packed rows on the device: D, the first `offline` ones, then own ones."""
@@ -768,34 +791,26 @@ def write_dataset(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomic(path, write)
 
 
-def read_dataset(path: Path, state_dim: int, low: np.ndarray, high: np.ndarray,
-                 horizon: int) -> dict[str, np.ndarray]:
-    """What d4rl.qlearning_dataset makes of an hdf5 file, and its trajectories' returns.
+def qlearning_dataset(source: str, raw: dict[str, np.ndarray], box, state_dim: int, horizon: int,
+                      jump: float = math.inf) -> dict[str, np.ndarray]:
+    """What d4rl.qlearning_dataset makes of D4RL's arrays, and its trajectories' returns.
 
     Timeout rows and the last row are dropped, as nothing follows them. A terminal row has the next
-    episode's first observation, which its target masks. A file without timeouts has one where an
-    episode reaches `horizon`. Raises BadInput for a missing, broken or unfitting file.
+    episode's first observation, which its target masks. Without timeouts, there is one where an
+    episode reaches `horizon`. A move by more than `jump` metres ends a trajectory but drops no row:
+    AntMaze v0's timeouts are not where its episodes end. Raises BadInput unless all arrays fit each
+    other and the environment, whose actions are in `box`.
     """
-    import h5py
-
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
-    try:
-        with h5py.File(path) as file:
-            if missing := set(keys[:4]) - set(file):
-                raise BadInput(f"dataset {path} has no {', '.join(sorted(missing))}")
-            raw = {key: file[key][()] for key in keys if key in file}
-    except OSError as error:
-        reason = f"can't be read: {error}" if Path(path).exists() else "does not exist"
-        raise BadInput(f"dataset {path} {reason}") from error
-    n = len(np.atleast_1d(raw["rewards"]))
-    shapes = {"observations": (n, state_dim), "actions": (n, len(low))}
+    n = np.size(raw["rewards"])
+    shapes = {"observations": (n, state_dim), "actions": (n, *box.shape)}
     for key, value in raw.items():
         if value.shape != shapes.get(key, (n,)) or n < 2:
-            raise BadInput(f"dataset {path}: {key} are {value.shape}, not {shapes.get(key, (n,))}")
+            expected = shapes.get(key, (n,))
+            raise BadInput(f"dataset {source}: {key} are {value.shape}, not {expected}")
         if value.dtype.kind not in "fiub" or not np.isfinite(value).all():
-            raise BadInput(f"dataset {path}: some {key} are not finite numbers")
-    if (raw["actions"] < low - 1e-5).any() or (raw["actions"] > high + 1e-5).any():
-        raise BadInput(f"dataset {path}: some actions are outside of the environment's box")
+            raise BadInput(f"dataset {source}: some {key} are not finite numbers")
+    if (raw["actions"] < box.low - 1e-5).any() or (raw["actions"] > box.high + 1e-5).any():
+        raise BadInput(f"dataset {source}: some actions are outside of the environment's box")
     done = raw["terminals"].astype(bool)
     if "timeouts" in raw:
         timeout = raw["timeouts"].astype(bool)
@@ -805,41 +820,104 @@ def read_dataset(path: Path, state_dim: int, low: np.ndarray, high: np.ndarray,
             ages = np.arange(end + 1 - start) + age
             timeout[start : end + 1] = ages % horizon == horizon - 1
             start, age = end + 1, int(not timeout[end])  # d4rl counts from 1 after a terminal
-    keep = np.flatnonzero(~timeout[:-1])
-    ends = np.append(np.flatnonzero((done | timeout)[:-1]), n - 1)
-    trajectory = np.searchsorted(ends, keep)
+    keep, end = np.flatnonzero(~timeout[:-1]), (done | timeout)[:-1]
+    if math.isfinite(jump):
+        end |= np.linalg.norm(np.diff(raw["observations"][:, :2], axis=0), axis=1) > jump
+    trajectory = np.searchsorted(np.append(np.flatnonzero(end), n - 1), keep)
     returns = np.bincount(trajectory, raw["rewards"][keep])[np.unique(trajectory)]
     return {"state": raw["observations"][keep], "action": raw["actions"][keep],
             "reward": raw["rewards"][keep], "next_state": raw["observations"][keep + 1],
             "done": done[keep], "returns": returns}
 
 
-def dataset_path(args: argparse.Namespace, task: "Task") -> Path:
-    """--dataset, or a local task's file, or D4RL's, under its official name or the task's."""
-    if args.dataset or task.quality:
-        return Path(args.dataset or expert_folder(args, task) / f"{task.quality}.hdf5")
+def read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    """D4RL's arrays from a file. Raises BadInput if it is missing, broken, or lacks one."""
+    import h5py
+
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    try:
+        with h5py.File(path) as file:
+            if missing := set(keys[:4]) - set(file):
+                raise BadInput(f"dataset {path} has no {', '.join(sorted(missing))}")
+            return {key: file[key][()] for key in keys if key in file}
+    except OSError as error:
+        reason = f"can't be read: {error}" if Path(path).exists() else "does not exist"
+        raise BadInput(f"dataset {path} {reason}") from error
+
+
+def minari_dataset(name: str):
+    """The minari.MinariDataset of "minari:ID", downloaded if it is not there."""
+    try:
+        import minari
+
+        return minari.load_dataset(name.removeprefix("minari:"), download=True)
+    except Exception as error:  # noqa: BLE001 whatever its storage and the network raise
+        hint = " (pip install 'minari[hdf5,hf]')" * isinstance(error, ImportError)
+        raise BadInput(f"{name}: {str(error).strip() or type(error).__name__}{hint}") from error
+
+
+def read_minari(name: str) -> dict[str, np.ndarray]:
+    """D4RL's arrays from Minari: each episode's last observation becomes a timeout row."""
+    pad, arrays = {"observations": 0, "actions": 1, "rewards": 1, "terminations": 1}, {}
+    episodes = list(minari_dataset(name).iterate_episodes())
+    if not isinstance(episodes[0].observations, np.ndarray):
+        raise BadInput(f"{name}: its observations are no vectors")
+    for key, rows in pad.items():
+        padded = [np.pad(x := getattr(e, key), [(0, rows)] + [(0, 0)] * (x.ndim - 1))
+                  for e in episodes]
+        arrays[key.replace("terminations", "terminals")] = np.concatenate(padded)
+    ends = np.cumsum([len(e.observations) for e in episodes]) - 1
+    return arrays | {"timeouts": np.isin(np.arange(ends[-1] + 1), ends)}
+
+
+def load_dataset(task: str, path: Path | None = None) -> dict[str, np.ndarray]:
+    """D4RL's arrays of one of its tasks, from `path`, or its folder, or the network.
+
+    The folder is D4RL_DATASET_DIR, or else ~/.d4rl/datasets. A download comes from D4RL's server or
+    a mirror (first D4RL_MIRROR, a URL, if set) and gets its name after its checksum was verified. A
+    file that is there already is used in any case, with a warning if it is not D4RL's.
+    """
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    url = d4rl_infos().DATASET_URLS[task.name]
-    paths = [folder / url.rpartition("/")[2], folder / f"{task.name}.hdf5"]
-    return next((path for path in paths if path.is_file()), None) or download(url, paths[0])
+    url, sha256 = d4rl_infos().DATASET_URLS[task], SHA256.get(task, "")
+    name = url.rpartition("/")[2]
+    there = [p for p in (folder / name, folder / f"{task}.hdf5") if p.is_file()]
+    if not path and not there:
+        own = os.environ.get("D4RL_MIRROR")
+        sources = [f"{own}/{name}"] * bool(own) + [url, f"{MIRROR}/{name}"]
+        return read_hdf5(download(sources, folder / name, sha256))
+    path, digest = path or there[0], hashlib.sha256()
+    arrays = read_hdf5(path)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if not digest.hexdigest().startswith(sha256):
+        print(f"warning: {path} is used, but is not D4RL's file of {task}", file=sys.stderr)
+    return arrays
 
 
-def download(url: str, path: Path) -> Path:
-    """Fetches a dataset; a broken download never gets the final name."""
+def download(sources: list[str], path: Path, sha256: str) -> Path:
+    """Fetches the first source that works; nothing unchecked or half-written is left behind."""
     import h5py
 
     def fetch(part: Path) -> None:
-        torch.hub.download_url_to_file(url, str(part))
-        h5py.File(part).close()  # an OSError if it is truncated or no hdf5
+        torch.hub.download_url_to_file(source, str(part), sha256 or None)
+        h5py.File(part).close()
 
-    print(f"downloading {url} to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    timeout, failures = socket.getdefaulttimeout(), []
+    socket.setdefaulttimeout(30)  # of silence; torch.hub would wait forever
     try:
-        write_atomic(path, fetch)
-    except OSError as error:
-        raise BadInput(f"can't download {url}: {error}. Put the file at {path}, or name it with"
-                       " --dataset") from error
-    return path
+        for source in sources:
+            print(f"downloading {source} to {path}")
+            try:
+                write_atomic(path, fetch)
+                return path
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
+                failures.append(f"{source}: {error}")
+    finally:
+        socket.setdefaulttimeout(timeout)
+    raise BadInput(f"no dataset: {'; '.join(failures)}. Put the file at {path}, or name it with"
+                   " --dataset")
 
 
 # ------------------------------------------------------------------------------------- environments
@@ -879,7 +957,10 @@ class Task(NamedTuple):
 
 
 def parse_task(name: str) -> Task:
-    """Raises BadInput for all but locomotion, AntMaze, pen, door and local tasks."""
+    """Raises BadInput for all but D4RL's locomotion, AntMaze, pen and door, local, and Minari's."""
+    if name.startswith("minari:"):
+        robot = next((r for r in ("pen", "door") if name.startswith(f"minari:D4RL/{r}/")), name)
+        return Task(name, "gym" if robot == name else "adroit", robot, "")
     gym_id, colon, quality = name.rpartition(":")
     if colon and quality not in QUALITIES:
         raise BadInput(f"{name}: the quality {quality!r} is none of {', '.join(QUALITIES)}")
@@ -890,7 +971,8 @@ def parse_task(name: str) -> Task:
                 and name in d4rl_infos().DATASET_URLS):
             return Task(name, r.domain, robot, "")
     raise BadInput(f"unknown task {name!r}: neither D4RL's (hopper-medium-v2, antmaze-umaze-v0,"
-                   " pen-human-v1, ...) nor GYMNASIUM_ID:QUALITY (Hopper-v4:medium-replay)")
+                   " pen-human-v1, ...) nor GYMNASIUM_ID:QUALITY (Hopper-v4:medium-replay) nor"
+                   " minari:ID (minari:D4RL/pen/human-v2)")
 
 
 def d4rl_infos():
@@ -979,7 +1061,8 @@ def make_env(task: str, physics: str = "exact"):
     """
     import gymnasium as gym
 
-    family = next((name for name in ROBOTS if task.startswith(f"{name}-")), "")
+    family = parse_task(task).robot if task.startswith("minari:") else next(
+        (name for name in ROBOTS if task.startswith(f"{name}-")), "")
     local = Robot("gym", task.rpartition(":")[0] or task, 0, ())
     _, gym_id, horizon, _, maze = ROBOTS.get(family, local)
     if gym_id.startswith("AdroitHand"):
@@ -1019,14 +1102,17 @@ def make_env(task: str, physics: str = "exact"):
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date")  # D4RL's rewards are -v4's
-        options = {"max_episode_steps": horizon} if family else {}
+        options = {"max_episode_steps": horizon} if horizon else {}
         if maze:
             write_ant_maze(maze, f"{folder}/ant_maze.xml")
             options |= {"xml_file": f"{folder}/ant_maze.xml",
                         "include_cfrc_ext_in_observation": False,
                         "exclude_current_positions_from_observation": False}
         try:
-            env = gym.make(gym_id, disable_env_checker=True, **options)
+            if family == task:  # a Minari dataset of other robots
+                env = minari_dataset(task).recover_environment()
+            else:
+                env = gym.make(gym_id, disable_env_checker=True, **options)
         except (gym.error.Error, ModuleNotFoundError) as error:
             raise BadInput(f"environment {gym_id}: {error}") from error
         for name, space in (("actions", env.action_space), ("observations", env.observation_space)):
@@ -1038,7 +1124,7 @@ def make_env(task: str, physics: str = "exact"):
             raise BadInput(f"environment {gym_id}: its episodes have no time limit")
         if physics == "exact":
             restore_physics(env)
-    return D4RLRules(env) if family else env
+    return D4RLRules(env) if family in ROBOTS else env
 
 
 def make_envs(task: Task, args: argparse.Namespace):
@@ -1050,15 +1136,24 @@ def make_envs(task: Task, args: argparse.Namespace):
 
 
 def reference_returns(args: argparse.Namespace, task: Task) -> tuple[float, float]:
-    """The returns that score 0 and 100: d4rl's, or a random and the expert policy's, once there."""
-    name = f"{task.robot.rpartition('-')[0].lower()}-medium-v2" if task.quality else task.name
-    if name in (infos := d4rl_infos()).REF_MIN_SCORE:
+    """The returns that score 0 and 100: d4rl's, Minari's, or a random and the expert policy's.
+
+    NaN, and so are all scores, where there are none, and for a local task without its expert yet.
+    """
+    infos, path, name = d4rl_infos(), expert_folder(args, task) / "scores.json", task.name
+    if task.quality:
+        name = f"{task.robot.rpartition('-')[0].lower()}-medium-v2"
+    elif task.robot in ("pen", "door"):
+        name = f"{task.robot}-human-v1"
+    if name in infos.REF_MIN_SCORE:
         return infos.REF_MIN_SCORE[name], infos.REF_MAX_SCORE[name]
-    path = expert_folder(args, task) / "scores.json"
-    if args.scheme == "expert" or not path.is_file():
-        return math.nan, math.nan
-    scores = json.loads(path.read_text())
-    return scores["random"], scores["expert"]
+    scores, zero, hundred = {}, "random", "expert"
+    if name.startswith("minari:"):
+        scores = minari_dataset(name).storage.metadata
+        zero, hundred = "ref_min_score", "ref_max_score"
+    elif args.scheme != "expert" and path.is_file():
+        scores = json.loads(path.read_text())
+    return float(scores.get(zero, "nan")), float(scores.get(hundred, "nan"))
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -1143,7 +1238,15 @@ def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
     """D, with room for interactions, in the learners' units; these; and D's mean raw return."""
     scheme, n, score, mean, std, scale = SCHEMES[args.scheme], 0, math.nan, 0.0, 1.0, 1.0
     if scheme.data:
-        raw = read_dataset(dataset_path(args, task), state_dim, box.low, box.high, horizon)
+        own = Path(args.dataset) if args.dataset else None
+        if task.quality:
+            arrays = read_hdf5(own or expert_folder(args, task) / f"{task.quality}.hdf5")
+        elif task.name.startswith("minari:"):
+            arrays = read_hdf5(own) if own else read_minari(task.name)
+        else:
+            arrays = load_dataset(task.name, own)
+        jump = 1.0 if task.domain == "antmaze" else math.inf
+        raw = qlearning_dataset(own or task.name, arrays, box, state_dim, horizon, jump)
         n, score = len(raw["reward"]), float(raw["returns"].mean())
         if args.normalize:
             mean, std = raw["state"].mean(0), raw["state"].std(0) + 1e-3

@@ -2,11 +2,15 @@
 
 import ast
 import copy
+import hashlib
+import http.server
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
+import types
 import zipfile
 from pathlib import Path
 
@@ -429,7 +433,8 @@ def test_datasets_are_read_as_d4rl_does(tmp_path, with_timeouts):
     with h5py.File(tmp_path / "d.hdf5", "w") as file:
         for key, value in raw.items():
             file[key] = value
-    read = oap.read_dataset(tmp_path / "d.hdf5", 3, -np.ones(2), np.ones(2), horizon)
+    box = gym.spaces.Box(-1.0, 1.0, (2,))
+    read = oap.qlearning_dataset("d", oap.read_hdf5(tmp_path / "d.hdf5"), box, 3, horizon)
     index, done = map(np.array, zip(*qlearning_dataset(raw, horizon), strict=True))
     for key, expected in (
         ("state", raw["observations"][index]),
@@ -448,6 +453,121 @@ def test_datasets_are_read_as_d4rl_does(tmp_path, with_timeouts):
             raw["rewards"][kept].sum() for e in episodes if len(kept := np.intersect1d(e, index))
         ]
         np.testing.assert_allclose(read["returns"], returns)
+
+
+def test_antmaze_trajectories_end_where_the_ant_jumps():
+    n = 8
+    raw = {"observations": np.zeros((n, 29)), "actions": np.zeros((n, 8)), "rewards": np.ones(n),
+           "terminals": np.zeros(n), "timeouts": np.arange(n) == 4}  # fmt: skip
+    raw["observations"][3:, 0] = 9.0  # the episode really ended after row 2
+    box = gym.spaces.Box(-1.0, 1.0, (8,))
+    read = oap.qlearning_dataset("d", raw, box, 29, 700, jump=1.0)
+    assert len(read["reward"]) == 6 and read["returns"].tolist() == [3, 1, 2]
+    assert oap.qlearning_dataset("d", raw, box, 29, 700)["returns"].tolist() == [4, 2]
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch, out):
+    """A server of hopper-medium-v2: what it answers is set by `server.answer`."""
+    body = Path(out, "Point-v0/sac-expert/0/medium.hdf5").read_bytes()
+    html = b"<html>moved</html>"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer = server.answer if not self.path.startswith("/mirror") else server.mirror
+            if answer == "missing":
+                return self.send_error(404)
+            sent = {"cut": body[:-500], "html": html}.get(answer, body)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(html if answer == "html" else body)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answer, server.mirror, url = "whole", "missing", f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(oap, "MIRROR", f"{url}/mirror")
+    urls = {"hopper-medium-v2": f"{url}/gym/hopper_medium-v2.hdf5"}
+    monkeypatch.setattr(oap, "d4rl_infos", lambda: types.SimpleNamespace(DATASET_URLS=urls))
+    monkeypatch.setitem(oap.SHA256, "hopper-medium-v2", hashlib.sha256(body).hexdigest()[:12])
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    server.file = tmp_path / "d4rl/hopper_medium-v2.hdf5"
+    server.body = body
+    yield server
+    server.shutdown()
+
+
+def test_a_download_is_checked_and_then_used_offline(server, capsys):
+    arrays = oap.load_dataset("hopper-medium-v2")
+    assert arrays["actions"].shape == (500, 1) and server.file.read_bytes() == server.body
+    server.answer = "missing"
+    oap.load_dataset("hopper-medium-v2")
+    assert "warning" not in capsys.readouterr().err
+    server.file.rename(server.file.with_name("hopper-medium-v2.hdf5"))  # the task's name will do
+    assert oap.load_dataset("hopper-medium-v2")["actions"].shape == (500, 1)
+
+
+@pytest.mark.parametrize("answer", ["missing", "cut", "html"])
+def test_a_broken_download_leaves_nothing_and_the_mirror_is_tried(server, answer):
+    server.answer = answer
+    with pytest.raises(oap.BadInput, match="hopper_medium-v2.hdf5: .*mirror/.*--dataset"):
+        oap.load_dataset("hopper-medium-v2")
+    assert not list(server.file.parent.iterdir())
+    server.mirror = "whole"
+    oap.load_dataset("hopper-medium-v2")
+    assert server.file.read_bytes() == server.body
+
+
+def test_a_full_disk_leaves_nothing(server, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_space)
+    with pytest.raises(oap.BadInput, match="No space left"):
+        oap.load_dataset("hopper-medium-v2")
+    assert not list(server.file.parent.iterdir())
+
+
+def test_a_file_with_another_checksum_is_used_with_one_warning(server, capsys):
+    server.file.parent.mkdir()
+    oap.write_dataset(server.file, {k: np.zeros((3, 1)) for k in ("observations", "actions")}
+                      | {k: np.zeros(3) for k in ("rewards", "terminals")})  # fmt: skip
+    assert len(oap.load_dataset("hopper-medium-v2")["rewards"]) == 3
+    assert capsys.readouterr().err.count("warning: ") == 1
+
+
+def test_minari(tmp_path, monkeypatch, out, capsys):
+    minari = pytest.importorskip("minari", reason="minari is optional")
+    buffer = pytest.importorskip("minari.data_collector.episode_buffer").EpisodeBuffer
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng, episodes = np.random.default_rng(0), []
+    for length in (4, 200):
+        episodes.append(buffer(
+            observations=rng.normal(size=(length + 1, 3)).astype(np.float32),
+            actions=rng.uniform(-2, 2, (length, 1)).astype(np.float32), rewards=np.ones(length),
+            terminations=np.arange(length) == (3 if length == 4 else -1), truncations=np.arange(length) == 199))  # fmt: skip
+    name = "pendulum/tiny-v0"
+    minari.create_dataset_from_buffers(
+        name, episodes, env="Pendulum-v1", ref_min_score=0.0, ref_max_score=10.0
+    )
+    raw, box = oap.read_minari(f"minari:{name}"), gym.spaces.Box(-2.0, 2.0, (1,))
+    data = oap.qlearning_dataset("m", raw, box, 3, 200)
+    for key, expected in (
+        ("state", [e.observations[:-1] for e in episodes]), ("action", [e.actions for e in episodes]),
+        ("next_state", [e.observations[1:] for e in episodes]),
+        ("done", [e.terminations for e in episodes]),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(data[key], np.concatenate(expected))
+    assert data["returns"].tolist() == [4, 200]
+    argv = ["--scheme=offline", f"--out={out}", *SMALL]
+    assert oap.main([f"--env=minari:{name}", *argv]) == 0
+    row = oap.read_progress(Path(out, "minari-pendulum-tiny-v0/td3bc-offline/0/progress.csv"))[-1]
+    assert row["score"] == pytest.approx(10 * row["return"])
+    assert oap.main(["--env=minari:pendulum/none-v9", *argv]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_local_datasets_are_d4rl_s_and_of_rising_quality(out):
