@@ -4,6 +4,8 @@ import ast
 import copy
 import hashlib
 import http.server
+import importlib.metadata
+import io
 import json
 import math
 import os
@@ -27,6 +29,7 @@ import oap
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
+MUJOCO = tuple(map(int, importlib.metadata.version("mujoco").split(".")[:2]))
 RECORDINGS = sorted(HERE.glob("testdata/*.npz")) + sorted(SHARED.glob("golden/*.npz"))
 
 
@@ -93,7 +96,7 @@ def test_eq_6_by_hand_on_two_samples():
     critic = type("Q", (), {"q1": staticmethod(lambda s, a: torch.tensor([[4.0], [-2.0]]))})
     preferred = torch.tensor([[0.5, 1.0], [0.0, 1.0]])
     batch = oap.Batch(torch.zeros(2, 1), torch.full((2, 2), 9.0), None, None, None, preferred)
-    # λ = 2.5 / mean(4, 2); mean Q is 1; the squared distances are 0, 1, 0.25, 0, and a plays no part
+    # λ = 2.5 / mean(4, 2); mean Q is 1; squared distances are 0, 1, 0.25, 0; a plays no part
     assert oap.td3bc_actor_loss(actor, critic, batch, 2.5).item() == pytest.approx(
         -2.5 / 3 * 1 + 1.25 / 4
     )
@@ -168,7 +171,7 @@ def test_sac_temperature_rises_while_entropy_is_too_low():
         assert log_temperature.grad.sign() == sign
 
 
-# ------------------------------------------------------------------------------ selection and rounds
+# ----------------------------------------------------------------------------- selection and rounds
 
 
 def test_divergence_is_the_sum_of_squares():
@@ -187,7 +190,8 @@ def test_select_queries(asked, count, expected):
 
 
 @pytest.mark.parametrize("budget, steps, interval", [
-    (100_000, 1_000_000, 100_000), (100_001, 1_000_000, 100_000), (7, 10, 3), (3, 10, 1), (10, 7, 7),
+    (100_000, 1_000_000, 100_000), (100_001, 1_000_000, 100_000), (7, 10, 3), (3, 10, 1),
+    (10, 7, 7),
 ])  # fmt: skip
 def test_due_is_exact(budget, steps, interval):
     rounds = [oap.due(t, budget, 0, steps) for t in range(interval, steps + 1, interval)]
@@ -250,8 +254,8 @@ def test_ranknet_learns_an_order():
     state, a, b = torch.randn(400, 2), torch.rand(400, 1), torch.rand(400, 1)
     prefers = (a >= b)[:, 0]
     ranknet = oap.RankNet(2, 1)
-    first, last = (oap.train_ranknet(ranknet, oap.adam(ranknet, 1e-3), (state, a, b, prefers), n, 64)
-                   for n in (1, 20))  # fmt: skip
+    pairs, optimizer = (state, a, b, prefers), oap.adam(ranknet, 1e-3)
+    first, last = (oap.train_ranknet(ranknet, optimizer, pairs, n, 64) for n in (1, 20))
     assert last < 0.25 < first and not ranknet.training
     assert (oap.pseudo_query(ranknet, state, a, b) == prefers).float().mean() > 0.93
     assert oap.pseudo_query(ranknet, state, a, a).all()  # a tie keeps the data's action
@@ -548,7 +552,8 @@ def test_minari(tmp_path, monkeypatch, out, capsys):
         episodes.append(buffer(
             observations=rng.normal(size=(length + 1, 3)).astype(np.float32),
             actions=rng.uniform(-2, 2, (length, 1)).astype(np.float32), rewards=np.ones(length),
-            terminations=np.arange(length) == (3 if length == 4 else -1), truncations=np.arange(length) == 199))  # fmt: skip
+            terminations=np.arange(length) == (3 if length == 4 else -1),
+            truncations=np.arange(length) == 199))  # fmt: skip
     name = "pendulum/tiny-v0"
     minari.create_dataset_from_buffers(
         name, episodes, env="Pendulum-v1", ref_min_score=0.0, ref_max_score=10.0
@@ -556,7 +561,8 @@ def test_minari(tmp_path, monkeypatch, out, capsys):
     raw, box = oap.read_minari(f"minari:{name}"), gym.spaces.Box(-2.0, 2.0, (1,))
     data = oap.qlearning_dataset("m", raw, box, 3, 200)
     for key, expected in (
-        ("state", [e.observations[:-1] for e in episodes]), ("action", [e.actions for e in episodes]),
+        ("state", [e.observations[:-1] for e in episodes]),
+        ("action", [e.actions for e in episodes]),
         ("next_state", [e.observations[1:] for e in episodes]),
         ("done", [e.terminations for e in episodes]),
     ):  # fmt: skip
@@ -649,6 +655,10 @@ def set_state(env, qpos, qvel, extra):
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_one_step_equals_the_original_simulator(path):
     rows = dict(np.load(path))
+    if path.stem.startswith("door") and MUJOCO > (3, 1):
+        with pytest.warns(UserWarning, match="not known to reproduce"):
+            oap.make_env(path.stem)
+        pytest.skip("door is only exact with mujoco 3.1, and make_env says so")
     env = oap.make_env(path.stem)
     assert env.spec.max_episode_steps == rows["max_episode_steps"]
     steps = []
@@ -661,12 +671,60 @@ def test_one_step_equals_the_original_simulator(path):
     next_obs, reward, terminal = map(np.array, zip(*steps, strict=True))
     tolerance = np.full(next_obs.shape[1], 1e-9)
     if path.stem.startswith("door"):
-        # MuJoCo 2.1.0 took a rotation of under 2.1e-8 rad (its quaternion's w rounds to 1) for none:
-        # with the latch that close to 0, the height of its handle, 0.15 m out, is off by <= 3.2e-9.
+        # MuJoCo 2.1.0 took a rotation of under 2.1e-8 rad (its quaternion's w rounds to 1) for
+        # none: with the latch so close to 0, its handle's height, 0.15 m out, is off by <= 3.2e-9.
         tolerance[[34, 37]] = 3.2e-9
     assert (np.abs(next_obs - rows["next_obs"]) <= tolerance).all()
     assert np.abs(reward - rows["reward"]).max() <= 1e-9
     assert np.array_equal(terminal, rows["terminal"].astype(bool))
+
+
+def published_policy(name):
+    """The policies of shared/experts of raw states (B, S): SAC's without, D4RL's with its noise."""
+    if name.endswith(".npz"):
+        p, rng = dict(np.load(SHARED / "experts" / name)), np.random.default_rng(0)
+
+        def policy(s):
+            x = (s - p["in_shift"]) / (p["in_scale"] + 1e-8)
+            for k in "01":
+                x = np.tanh(x @ p[f"w{k}"].T + p[f"b{k}"])
+            mean = (x @ p["w2"].T + p["b2"]) * p["out_scale"] + p["out_shift"]
+            return np.clip(mean + np.exp(p["log_std"]) * rng.normal(size=mean.shape), -1, 1)
+
+        return policy
+    with zipfile.ZipFile(SHARED / "experts" / name) as archive:
+        weights = torch.load(io.BytesIO(archive.read("policy.pth")), map_location="cpu")
+
+    def policy(s):
+        x = torch.as_tensor(s, dtype=torch.float32)
+        for layer in ("latent_pi.0", "latent_pi.2"):
+            x = F.relu(
+                F.linear(x, weights[f"actor.{layer}.weight"], weights[f"actor.{layer}.bias"])
+            )
+        return F.linear(x, weights["actor.mu.weight"], weights["actor.mu.bias"]).tanh().numpy()
+
+    return policy
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared/experts is not there")
+@pytest.mark.parametrize("name, task, original", [
+    ("sac-Hopper-v3.zip", "hopper-medium-v2", 2259),
+    ("sac-HalfCheetah-v3.zip", "halfcheetah-medium-v2", 9548),
+    ("dapg-pen.npz", "pen-expert-v1", 3077),
+])  # fmt: skip
+def test_published_experts_return_what_they_did_in_the_original_stack(name, task, original):
+    """OAP_EPISODES=100 python -m pytest -q -s -k published_experts prints README's table."""
+    episodes, returns = int(os.environ.get("OAP_EPISODES", 10)), {}
+    for physics in ("exact", "stock"):
+        args = oap.parse_args([f"--env={task}", f"--physics={physics}"])
+        envs = oap.make_envs(oap.parse_task(task), args)
+        returns[physics] = oap.evaluate(envs, published_policy(name), episodes, seed=0)
+        error = returns[physics].std(ddof=1) / episodes**0.5
+        print(
+            f"\n{name} {physics}: {returns[physics].mean():.0f} ± {error:.0f}, {episodes} episodes"
+        )
+        if physics == "exact":
+            assert abs(returns[physics].mean() - original) < 3 * error + 0.02 * original
 
 
 def test_old_capsules():
@@ -1009,8 +1067,8 @@ def test_run_all_loops_over_everything_and_knows_no_hyperparameters():
     lines = subprocess.run(script, env=env, capture_output=True, text=True).stdout.splitlines()
     assert len(lines) == 8 and len(set(lines)) == 8
     assert all("oap.py --env" in line and "--algo iql" in line for line in lines)
-    part = subprocess.run(script, env=env | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"},
-                          capture_output=True, text=True).stdout.splitlines()  # fmt: skip
+    env |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
+    part = subprocess.run(script, env=env, capture_output=True, text=True).stdout.splitlines()
     assert part == lines[1::4]
     source = (HERE / "run_all.sh").read_text()
     assert not any(f"--{flag}" in source for flag in ("steps", "budget", "lr", "interval"))
