@@ -49,7 +49,6 @@ What the paper leaves open, and what is done here:
 import argparse
 import copy
 import csv
-import datetime
 import hashlib
 import http.client
 import importlib.metadata
@@ -114,21 +113,17 @@ class BadInput(ValueError):
     """What the user can mend: `main` prints its one line and returns 2."""
 
 
-def number(low: float, high: float = math.inf, whole: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number in [low, high]."""
+def number(low: float, high: float = 1e12, kind: type = float) -> Callable[[str], float]:
+    """An argparse type: a number in [low, high], where "inf" is one if `high` is infinite."""
 
     def parse(text: str) -> float:
-        value = int(text) if whole else float(text)
+        value = math.inf if text == "inf" else kind(text)
         if not low <= value <= high:
             raise ValueError
         return value
 
-    parse.__name__ = f"{'whole ' * whole}number of at least {low:g} and at most {high:g}"
+    parse.__name__ = f"{'whole ' * (kind is int)}number from {low:g} to {high:g}"
     return parse
-
-
-def count_or_inf(text: str) -> float:
-    return math.inf if text == "inf" else number(1, whole=True)(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,13 +135,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("oap.py", allow_abbrev=False, description="Without arguments: a demo.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    count, positive, fraction = number(1, whole=True), number(1e-12, 1e12), number(0, 1)
+    count, positive, fraction = number(1, kind=int), number(1e-12), number(0, 1)
     # what runs
     add("--env", required=True, help="a D4RL task, or GYMNASIUM_ID:QUALITY, QUALITY one of "
         + ", ".join(QUALITIES))
     add("--scheme", choices=SCHEMES, default="oap", help="Table 2's columns; or train a black box")
     add("--algo", choices=("td3bc", "iql"), help="what learns (default: td3bc)")
-    add("--seed", type=number(0, 2**31 - 1, whole=True), default=0, help="of all that is random")
+    add("--seed", type=number(0, 2**31 - 1, int), default=0, help="of all that is random")
     add("--expert", help="the black box: a run's model.pt, a Stable-Baselines3 SAC or TD3 zip, a"
         " TorchScript Q(s, a), or module:function")
     add("--dataset", help="hdf5 file in D4RL's format instead of the task's own")
@@ -158,7 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
     # the scheme
     add("--steps", type=count, help="updates of the first phase, N_train (default: 1000000)")
     add("--finetune-steps", type=count, default=100_000, help="updates of the second (o2o, oap)")
-    add("--budget", type=count_or_inf, help="queries or interactions, K (default: 100000), or inf")
+    add("--budget", type=number(1, math.inf, int), help="queries or interactions, K, or inf"
+        " (default: 100000)")
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
     add("--timing", choices=("interval", "ft"), help="Figure 7; default: the scheme's")
     add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/RN) has none")
@@ -172,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reward-shift", type=float, help="added to rewards")
     add("--reward-scale", action=switch, help="IQL's, of locomotion; default: for iql")
     add("--expert-steps", type=count, default=3_000_000, help="SAC's steps, for --scheme expert")
-    add("--dataset-size", type=number(100, whole=True), default=1_000_000, help="of local tasks")
+    add("--dataset-size", type=number(100, kind=int), default=1_000_000, help="of local tasks")
     # every algorithm
     add("--batch-size", type=count, default=256)
     add("--lr", type=positive, default=3e-4, help="Adam's learning rate for every network")
@@ -669,14 +665,12 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
     Raises BadInput if it can't be read or does not fit the task.
     """
     try:
-        if Path(spec).is_file():
-            box = BlackBox(units, budget, q=load_q(spec, units))
-        elif ":" in spec:
+        if ":" in spec and not Path(spec).is_file():
             module, _, name = spec.rpartition(":")
             sys.path.insert(0, os.getcwd())
             box = BlackBox(units, budget, prefer=getattr(importlib.import_module(module), name))
         else:
-            raise BadInput("no such file; --scheme expert trains one, --expert names one")
+            box = BlackBox(units, budget, q=load_q(spec, units))
         state, action = torch.zeros(2, len(units.mean)), torch.zeros(2, len(units.low))
         state, action = state.to(units.low.device), action.to(units.low.device)
         box._answer(state, action, action)  # shows whether it fits, and nothing about actions
@@ -1337,7 +1331,7 @@ class Log:
         writer.writeheader()
         writer.writerows(map(finite, self.rows))
         write_text(self.folder / "progress.csv", text.getvalue())
-        left = datetime.timedelta(seconds=round(seconds / step * (updates - step)))
+        left = tqdm.format_interval(seconds / step * (updates - step))
         shown = [f"{k} {self.row[k]:,.5g}" for k in COLUMNS[1:-2] if k in self.row]
         tqdm.write("  ".join([f"step {step:,}", f"left {left}", *shown]))
 
@@ -1468,6 +1462,9 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     spec, box = envs.get_attr("spec")[0], envs.single_action_space
     S, A = envs.single_observation_space.shape[0], box.shape[0]
     prepare_local_task(args, task)
+    expert = args.expert or str(expert_folder(args, task) / "model.pt")
+    if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
+        raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     data, units, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
@@ -1478,7 +1475,6 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     ranknet_opt = adam(ranknet, args.lr) if ranknet else None
     black_box = interaction = None
     if asks or args.audit:
-        expert = args.expert or str(expert_folder(args, task) / "model.pt")
         black_box = load_black_box(expert, units, args.budget if asks else 0)
     if scheme.spends == "interactions":
         interaction = Interaction(make_env(task.name, args.physics), units, data, args.seed)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Every task x scheme x algorithm x seed: one queue of runs for each GPU, or a single one on the CPU.
 #
-#   bash run_all.sh                                    # the paper's Table 2
+#   SCHEMES=expert SEEDS=0 TASKS="hopper-medium-v2 pen-human-v1" bash run_all.sh   # black boxes first
+#   bash run_all.sh                                    # then the runs of the paper's Table 2
 #   TASKS=pen-human-v1 SCHEMES="offline oap" ALGOS="td3bc iql" SEEDS="0 1" bash run_all.sh
 #   DRY_RUN=1 bash run_all.sh                          # prints the commands
 #   GPUS="0 1" bash run_all.sh                         # these GPUs; all of them by default
 #   sbatch --array=0-39 --gpus=1 run_all.sh            # every task of the array takes its share
-#   bash run_all.sh --expert hopper.pt                 # arguments go to every run
+#   TASKS=hopper-medium-v2 bash run_all.sh --expert hopper.pt   # arguments go to every run
 #
 # A finished run is skipped, so the same command goes on after a stop. A failed run does not stop the
 # others: it is listed at the end, with exit code 1.
@@ -19,7 +20,8 @@ read -ra schemes <<< "${SCHEMES:-offline online online-mix o2o oap}"
 read -ra algos <<< "${ALGOS:-td3bc}"
 read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
 all_gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')
-read -ra gpus <<< "${GPUS:-${CUDA_VISIBLE_DEVICES:-$all_gpus}}"
+gpus=${GPUS:-${CUDA_VISIBLE_DEVICES:-$all_gpus}}
+read -ra gpus <<< "${gpus//,/ }"
 [ ${#gpus[@]} -gt 0 ] || gpus=(none)
 
 runs=()
