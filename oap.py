@@ -49,6 +49,7 @@ What the paper leaves open, and what is done here:
 import argparse
 import copy
 import csv
+import functools
 import hashlib
 import http.client
 import importlib.metadata
@@ -1006,6 +1007,11 @@ def restore_capsules(model, xml_path: str) -> None:
     mujoco.mj_setConst(model, mujoco.MjData(model))
 
 
+@functools.cache  # `warnings` itself forgets what it said when make_env changes its filters
+def warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
 def restore_physics(env) -> None:
     """Undoes what MuJoCo changed after 2.1.0 for D4RL's robots; leaves other environments alone."""
     robot = env.spec.name
@@ -1021,8 +1027,7 @@ def restore_physics(env) -> None:
     # The last releases that replayed recordings of the original simulator exactly: in 3.5, a
     # contact's margin changed.
     if version > ((3, 1) if robot == "AdroitHandDoor" else (3, 4)):
-        warnings.warn(f"MuJoCo {mujoco.__version__} is not known to reproduce D4RL's {robot}; 3.1.6"
-                      " does", stacklevel=3)
+        warn_once(f"MuJoCo {mujoco.__version__} is not known to be D4RL's for {robot}, 3.1.6 is")
 
 
 def maze_cells(maze: str, kind: str) -> np.ndarray:
