@@ -1213,8 +1213,8 @@ def audit(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, ask
     arrays = {"divergence": divergence(action, pi), "asked": asked, "prefers_data": prefers_data}
     if black_box.q is not None:
         arrays["value_gain"] = black_box.value(state, pi) - black_box.value(state, action)
-    arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
-    write_atomic(path, lambda part: np.savez_compressed(part.open("wb"), **arrays))
+    np.savez_compressed(npz := io.BytesIO(), **{k: v.cpu().numpy() for k, v in arrays.items()})
+    write_atomic(path, lambda part: part.write_bytes(npz.getvalue()))
     log = {"unasked_prefer_policy": 1 - prefers_data[~asked].float().mean().item()}
     if ranknet is not None:
         guess = in_chunks(lambda *x: pseudo_query(ranknet, *x), state, action, pi)
