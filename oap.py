@@ -1316,7 +1316,8 @@ class Log:
         config = {"args": vars(args), "protocol": protocol, "versions": versions}
         write_text(folder / "config.json", json.dumps(finite(config), indent=2))
         print(f"{folder}: " + ", ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in protocol.items()))
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in finite(protocol).items() if v is not None))
 
     def score(self, value: float) -> float:
         """D4RL's normalised score of a return."""
@@ -1337,7 +1338,8 @@ class Log:
         writer.writerows(map(finite, self.rows))
         write_text(self.folder / "progress.csv", text.getvalue())
         left = tqdm.format_interval(seconds / step * (updates - step))
-        shown = [f"{k} {self.row[k]:,.5g}" for k in COLUMNS[1:-2] if k in self.row]
+        known = finite(self.row)
+        shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-2] if known.get(k) is not None]
         tqdm.write("  ".join([f"step {step:,}", f"left {left}", *shown]))
 
 
@@ -1532,7 +1534,8 @@ def train(args: argparse.Namespace) -> list[dict[str, float]]:
     saved = {"algo": args.algo, "env": args.env, "units": list(units),
              "actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
     write_atomic(folder / "model.pt", lambda part: torch.save(saved, part))  # last: marks the end
-    print(f"{folder}: score {final_score(log.rows):.1f}, the mean of the last 10 evaluations")
+    if math.isfinite(log.zero):
+        print(f"{folder}: score {final_score(log.rows):.1f}, the mean of the last 10 evaluations")
     return log.rows
 
 
@@ -1543,8 +1546,9 @@ def final_score(rows: list[dict[str, float]]) -> float:
 
 # --------------------------------------------------------------------------------------------- main
 
-DEMO = ("--env Pendulum-v1:medium --expert-steps 5000 --dataset-size 5000 --eval-every 500 --audit"
-        " --budget 1000 --interval 1000 --ranknet-epochs 10 --finetune-steps 1000 --out runs/demo")
+DEMO = ("--env Pendulum-v1:medium --expert-steps 4000 --dataset-size 5000 --eval-every 500 --audit"
+        " --batch-size 64 --budget 1000 --interval 1000 --ranknet-epochs 10 --finetune-steps 1000"
+        " --out runs/demo")
 
 
 def demo() -> None:
