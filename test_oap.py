@@ -574,6 +574,10 @@ def test_minari(tmp_path, monkeypatch, out, capsys):
     assert row["score"] == pytest.approx(10 * row["return"])
     assert oap.main(["--env=minari:pendulum/none-v9", *argv]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    minari.create_dataset_from_buffers("D4RL/pen/tiny-v0", episodes, env="Pendulum-v1")
+    assert oap.main(["--env=minari:D4RL/pen/tiny-v0", *argv]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("observations are (206, 3), not (206, 45)")
 
 
 def test_local_datasets_are_d4rl_s_and_of_rising_quality(out):
