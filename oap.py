@@ -33,7 +33,7 @@ What the paper leaves open, and what is done here:
     weight and in the likelihood. V and Q learn from the data's action, which has the reward.
  7. λ in Table 5 is TD3+BC's alpha: Eq. 6's λ is alpha / mean|Q|.
  8. OAP's last 100k updates ask nothing. IQL's cosine decay of the actor's rate spans all updates,
-    but o2o has none, as its authors' fine-tuning has none. Networks start as PyTorch's do.
+    but o2o has none: its online phase, at the end, would hardly learn. Networks start as PyTorch's.
  9. Interactions are spread evenly. "interval" for o2o means: over its first phase. Batches are
     uniform over D and own transitions, whose ã is the action itself.
 10. Schemes without D begin with 1,000 uniformly random actions, counted in the budget and in the

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import http.server
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -755,6 +756,29 @@ def test_antmaze_start_goal_and_success(size, cell):
     assert goals.min() >= 0 and goals.max() <= 1.5 and abs(goals.mean() - 0.75) < 0.06
     env.goal = env.unwrapped.data.qpos[:2].copy()
     assert env.step(np.zeros(8))[1:3] == (1.0, True)
+
+
+def test_the_ant_in_the_maze_is_d4rl_s(tmp_path):
+    mujoco = pytest.importorskip("mujoco")
+    folder = importlib.util.find_spec("d4rl").submodule_search_locations[0]
+    theirs = mujoco.MjModel.from_xml_path(f"{folder}/locomotion/assets/ant.xml")
+    maze = oap.ROBOTS["antmaze-umaze"].maze
+    oap.write_ant_maze(maze, f"{tmp_path}/ant.xml")
+    ours = mujoco.MjModel.from_xml_path(f"{tmp_path}/ant.xml")
+    assert ours.ngeom - theirs.ngeom == len(oap.maze_cells(maze, "1")) == 18
+    robot = [i for i in range(ours.ngeom) if ours.geom_bodyid[i] > 0 or i == 0]
+    compared = 0
+    for name in dir(theirs):
+        value = getattr(theirs, name)
+        if name.startswith(("body_", "jnt_", "dof_", "geom_")) and isinstance(value, np.ndarray):
+            mine = getattr(ours, name)
+            mine = mine[robot] if name.startswith("geom_") else mine
+            if not name.endswith(("adr", "num", "id", "rgba")) and mine.shape == value.shape:
+                np.testing.assert_allclose(mine, value, rtol=1e-12, atol=1e-14, err_msg=name)
+                compared += 1
+    assert compared > 40 and ours.opt.timestep == theirs.opt.timestep
+    np.testing.assert_array_equal(ours.actuator_gear[:, 0], 30 * theirs.actuator_gear[:, 0])
+    np.testing.assert_array_equal(30 * ours.actuator_ctrlrange, theirs.actuator_ctrlrange)
 
 
 def test_evaluation_depends_on_nothing_but_its_seed():
