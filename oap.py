@@ -132,9 +132,19 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
+class Help(argparse.HelpFormatter):
+    """Shows an argument's default, or its row of DOMAIN_DEFAULTS."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if row := DOMAIN_DEFAULTS.get(action.dest):
+            return f"{action.help} (default: {', '.join(f'{v} {k}' for k, v in row.items())})"
+        shown = action.default not in (None, argparse.SUPPRESS)
+        return action.help + " (default: %(default)s)" * shown
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("oap.py", allow_abbrev=False, description="Without arguments: a demo.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=Help)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     count, positive, fraction = number(1, kind=int), number(1e-12), number(0, 1)
     # what runs
@@ -157,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--budget", type=number(1, math.inf, int), help="queries or interactions, K, or inf"
         " (default: 100000)")
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
-    add("--timing", choices=("interval", "ft"), help="Figure 7; default: the scheme's")
+    add("--timing", choices=("interval", "ft"), help="Figure 7 (default: the scheme's)")
     add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/RN) has none")
     add("--ranknet-epochs", type=count, default=100, help="in every round")
     add("--audit", action="store_true", help="every interval, ask about all of D outside of the"
@@ -165,21 +175,21 @@ def build_parser() -> argparse.ArgumentParser:
     # the protocol
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
     add("--eval-episodes", type=count, help="per evaluation")
-    add("--normalize", action=switch, help="states to mean 0, deviation 1; default: for td3bc")
+    add("--normalize", action=switch, help="states to mean 0, deviation 1 (default: for td3bc)")
     add("--reward-shift", type=float, help="added to rewards")
-    add("--reward-scale", action=switch, help="IQL's, of locomotion; default: for iql")
+    add("--reward-scale", action=switch, help="IQL's, of locomotion (default: for iql)")
     add("--expert-steps", type=count, default=3_000_000, help="SAC's steps, for --scheme expert")
     add("--dataset-size", type=number(100, kind=int), default=1_000_000, help="of local tasks")
     # every algorithm
-    add("--batch-size", type=count, default=256)
+    add("--batch-size", type=count, default=256, help="of an update")
     add("--lr", type=positive, default=3e-4, help="Adam's learning rate for every network")
-    add("--discount", type=fraction, default=0.99)
+    add("--discount", type=fraction, default=0.99, help="γ")
     add("--polyak", type=fraction, default=0.005, help="target networks' rate")
     add("--random-steps", type=count, default=1_000, help="random actions first, if without D")
     # TD3+BC
     add("--td3bc-alpha", type=positive, help="weight of Q, Table 5's λ")
     add("--policy-noise", type=number(0), default=0.2, help="deviation of the target's noise")
-    add("--noise-clip", type=number(0), default=0.5)
+    add("--noise-clip", type=number(0), default=0.5, help="the noise's bound")
     add("--policy-delay", type=count, default=2, help="critic updates per actor update")
     add("--exploration-noise", type=number(0), default=0.1, help="deviation, when interacting")
     # IQL
@@ -600,7 +610,8 @@ class Units(NamedTuple):
     reward_scale: float = 1.0
     reward_shift: float = 0.0
 
-    def state(self, raw: Tensor) -> Tensor:
+    def state(self, raw: Tensor | np.ndarray) -> Tensor:
+        raw = torch.as_tensor(raw, dtype=torch.float32, device=self.mean.device)
         return (raw - self.mean) / self.std
 
     def raw_state(self, state: Tensor) -> Tensor:
@@ -733,6 +744,9 @@ SHA256 = {
 }  # fmt: skip
 
 
+ARRAYS = ("observations", "actions", "rewards", "terminals", "timeouts")  # of a D4RL file
+
+
 class Data:
     """Transitions in packed rows on the device: D, the first `offline` ones, then own ones."""
 
@@ -774,7 +788,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_dataset(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """D4RL's hdf5: observations, actions, rewards (float32), terminals, timeouts (bool)."""
+    """D4RL's hdf5: terminals and timeouts are bools, the other ARRAYS float32."""
     import h5py
 
     def write(part: Path) -> None:
@@ -799,8 +813,8 @@ def qlearning_dataset(source: str, raw: dict[str, np.ndarray], box, state_dim: i
     n = np.size(raw["rewards"])
     shapes = {"observations": (n, state_dim), "actions": (n, *box.shape)}
     for key, value in raw.items():
-        if value.shape != shapes.get(key, (n,)) or n < 2:
-            expected = shapes.get(key, (n,))
+        expected = shapes.get(key, (n,))
+        if value.shape != expected or n < 2:
             raise BadInput(f"dataset {source}: {key} are {value.shape}, not {expected}")
         if value.dtype.kind not in "fiub" or not np.isfinite(value).all():
             raise BadInput(f"dataset {source}: some {key} are not finite numbers")
@@ -829,12 +843,11 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """D4RL's arrays from a file. Raises BadInput if it is missing, broken, or lacks one."""
     import h5py
 
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path) as file:
-            if missing := set(keys[:4]) - set(file):
+            if missing := set(ARRAYS) - {"timeouts"} - set(file):
                 raise BadInput(f"dataset {path} has no {', '.join(sorted(missing))}")
-            return {key: file[key][()] for key in keys if key in file}
+            return {key: file[key][()] for key in ARRAYS if key in file}
     except OSError as error:
         reason = f"can't be read: {error}" if Path(path).exists() else "does not exist"
         raise BadInput(f"dataset {path} {reason}") from error
@@ -1165,7 +1178,6 @@ def raw_policy(act: Callable[[Tensor], Tensor], units: Units) -> Policy:
 
     @torch.no_grad()
     def policy(state: np.ndarray) -> np.ndarray:
-        state = torch.as_tensor(state, dtype=torch.float32, device=units.low.device)
         return units.raw_action(act(units.state(state))).cpu().numpy()
 
     return policy
@@ -1185,8 +1197,7 @@ def rollout(envs, policy: Policy, seed: int) -> dict[str, np.ndarray]:
         alive = alive & ~(terminal | truncated)
         state = next_state
     *arrays, lived = (np.stack(x, 1) for x in zip(*log, strict=True))  # (E, T, ...)
-    names = ("observations", "actions", "rewards", "terminals", "timeouts")
-    flat = {name: array[lived] for name, array in zip(names, arrays, strict=True)}
+    flat = {name: array[lived] for name, array in zip(ARRAYS, arrays, strict=True)}
     return flat | {"returns": (arrays[2] * lived).sum(1)}
 
 
@@ -1257,12 +1268,11 @@ def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
     room = args.budget if scheme.spends == "interactions" else 0
     data = Data(n + room, state_dim, len(box.low), torch.device(args.device))
     if scheme.data:
-        state, action, reward, next_state, done = (
-            torch.as_tensor(raw[k], device=args.device)
-            for k in ("state", "action", "reward", "next_state", "done"))
+        action, reward, done = (torch.as_tensor(raw[k], device=args.device)
+                                for k in ("action", "reward", "done"))
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
-        data.append(units.state(state), units.action(action).clamp(-limit, limit),
-                    units.reward(reward), units.state(next_state), done)
+        data.append(units.state(raw["state"]), units.action(action).clamp(-limit, limit),
+                    units.reward(reward), units.state(raw["next_state"]), done)
         data.offline = data.size
     return data, units, score
 
@@ -1272,11 +1282,7 @@ class Interaction:
 
     def __init__(self, env, units: Units, data: Data, seed: int):
         self.env, self.units, self.data, self.steps, self.timeouts = env, units, data, 0, []
-        self.state = self._tensor(env.reset(seed=seed)[0])
-
-    def _tensor(self, state: np.ndarray) -> Tensor:
-        device = self.units.low.device
-        return self.units.state(torch.as_tensor(state, dtype=torch.float32, device=device))[None]
+        self.state = units.state(env.reset(seed=seed)[0])[None]  # (1, S)
 
     @torch.no_grad()
     def step(self, explore: Callable | None, generator: torch.Generator) -> None:
@@ -1290,9 +1296,11 @@ class Interaction:
             self.units.raw_action(action)[0].cpu().numpy())
         if truncated and not terminal:
             self.timeouts.append(self.data.size)
-        state, reward = self._tensor(state), torch.tensor([self.units.reward(reward)])
+        state, reward = self.units.state(state)[None], torch.tensor([self.units.reward(reward)])
         self.data.append(self.state, action, reward, state, torch.tensor([terminal]))
-        self.state = self._tensor(self.env.reset()[0]) if terminal or truncated else state
+        self.state = state
+        if terminal or truncated:
+            self.state = self.units.state(self.env.reset()[0])[None]
         self.steps += 1
 
 
@@ -1394,11 +1402,13 @@ def finished(folder: Path, args: argparse.Namespace) -> bool:
 
 
 def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
-    """Trains ID's black box and makes ID's datasets, unless they are there or others are given."""
-    folder = expert_folder(args, task)
-    given = args.dataset and args.expert and not math.isnan(reference_returns(args, task)[0])
-    there = given or (folder / "model.pt").is_file()
-    if task.quality and args.scheme != "expert" and not there:
+    """Trains ID's black box and makes ID's datasets, if this run needs any of that and lacks it."""
+    scheme, folder = SCHEMES[args.scheme], expert_folder(args, task)
+    needed = (scheme.data and not args.dataset
+              or (scheme.spends == "queries" or args.audit) and not args.expert
+              or math.isnan(reference_returns(args, task)[0]))
+    there = (folder / "model.pt").is_file()  # written last, so the datasets and scores are too
+    if task.quality and args.scheme != "expert" and needed and not there:
         print(f"{folder} has no black box and no data yet: first, SAC trains for"
               f" {args.expert_steps:,} steps (each line says how long is left)")
         same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every")

@@ -906,6 +906,18 @@ def test_every_scheme_with_both_algorithms(out, scheme, algo):
     assert (folder / "progress.csv").stat().st_mtime_ns == before
 
 
+def test_no_black_box_is_trained_for_a_run_that_needs_none(out, tmp_path, monkeypatch):
+    """Hopper has D4RL's reference returns, so an offline run on a file needs nothing of SAC's."""
+    oap.write_dataset(tmp_path / "d.hdf5", {
+        "observations": np.random.default_rng(0).normal(size=(50, 11)),
+        "actions": np.zeros((50, 3)),
+        "rewards": np.ones(50), "terminals": np.zeros(50), "timeouts": np.zeros(50)})  # fmt: skip
+    argv = [*SMALL, "--env=Hopper-v4:medium", f"--out={tmp_path}"]
+    assert oap.main([*argv, "--scheme=offline", f"--dataset={tmp_path}/d.hdf5"]) == 0
+    assert oap.main([*argv, "--scheme=online"]) == 0
+    assert not (tmp_path / "Hopper-v4").exists()
+
+
 @pytest.mark.parametrize("argv, name, queries", [
     (["--timing=ft"], "td3bc-oap-ft", 30),
     (["--budget=inf"], "td3bc-oap-inf", 2 * 450),
@@ -1099,7 +1111,8 @@ def test_the_file_as_a_program(tmp_path):
             text=True,
         )
 
-    assert program("--help").returncode == 0
+    shown = program("--help")
+    assert shown.returncode == 0 and "None" not in shown.stdout and "2.5 gym" in shown.stdout
     failed = program("--env=nothing")
     assert failed.returncode == 2 and failed.stdout == "" and failed.stderr.count("\n") == 1
     code = (
