@@ -47,6 +47,8 @@ What the paper leaves open, and what is done here:
 """
 
 import argparse
+import collections
+import contextlib
 import copy
 import csv
 import functools
@@ -67,7 +69,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -152,7 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
         + ", ".join(QUALITIES))
     add("--scheme", choices=SCHEMES, default="oap", help="Table 2's columns; or train a black box")
     add("--algo", choices=("td3bc", "iql"), help="what learns (default: td3bc)")
-    add("--seed", type=number(0, 2**31 - 1, int), default=0, help="of all that is random")
+    add("--seeds", "--seed", type=number(0, 2**31 - 1, int), nargs="+", default=[0],
+        help="of all that is random: one, or several that train together")
     add("--expert", help="the black box: a run's model.pt, a Stable-Baselines3 SAC or TD3 zip, a"
         " TorchScript Q(s, a), or module:function")
     add("--dataset", help="hdf5 file in D4RL's format instead of the task's own")
@@ -160,6 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tag", default="", help="appended to the name of the run's folder")
     add("--overwrite", action="store_true", help="run again what is finished")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--compile", action="store_true", help="torch.compile for updates: faster after a minute")
+    add("--cuda-graph", action=switch, help="for updates (default: with CUDA)")
     add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
     # the scheme
     add("--steps", type=count, help="updates of the first phase, N_train (default: 1000000)")
@@ -255,33 +260,34 @@ class RankNet(nn.Module):
         super().__init__()
         self.net = MLP(state_dim + action_dim, 512, 256, 1, dropout=0.5)
 
-    def forward(self, state: Tensor, action: Tensor) -> Tensor:
-        return self.net(state, action).squeeze(-1)  # (B,)
+    def forward(self, state: Tensor, action: Tensor, keep: Tensor | None = None) -> Tensor:
+        return self.net(state, action, keep=keep).squeeze(-1)  # (B,)
 
 
 def ranknet_loss(ranknet: nn.Module, state: Tensor, action: Tensor, policy_action: Tensor,
-                 prefers_data: Tensor) -> Tensor:
-    """Eq. 3, the cross entropy of P = sigmoid(f(s, a) - f(s, π(s))) to P̄ = prefers_data (B,)."""
-    o = ranknet(state, action) - ranknet(state, policy_action)  # (B,)
+                 prefers_data: Tensor, keep: Sequence[Tensor | None] = (None, None)) -> Tensor:
+    """Eq. 3, the cross entropy of P = sigmoid(f(s, a) - f(s, π(s))) to P̄ = prefers_data (B,).
+
+    keep: the hidden units that dropout keeps for either action, as in MLP.
+    """
+    o = ranknet(state, action, keep[0]) - ranknet(state, policy_action, keep[1])  # (B,)
     return F.binary_cross_entropy_with_logits(o, prefers_data.to(o.dtype))
 
 
-def train_ranknet(ranknet: nn.Module, optimizer: torch.optim.Optimizer, pairs: tuple[Tensor, ...],
-                  epochs: int, batch_size: int = 256,
-                  generator: torch.Generator | None = None) -> float:
+def train_ranknet(ranknet: RankNet, optimizer: "Adam", pairs: tuple[Tensor, ...], epochs: int,
+                  generator: torch.Generator, batch_size: int = 256) -> float:
     """Descends Eq. 3 on D_q = (state, action, policy_action, prefers_data) of M rows each.
 
     Returns the last epoch's mean loss, in nats: log 2 is what guessing costs.
     """
-    size, device = len(pairs[0]), pairs[0].device
-    ranknet.train()
+    size, total = len(pairs[0]), torch.zeros((), device=generator.device)
     for _ in range(epochs):
-        total = torch.zeros((), device=device)
-        for index in torch.randperm(size, generator=generator, device=device).split(batch_size):
-            loss = ranknet_loss(ranknet, *(x[index] for x in pairs))
-            descend(optimizer, loss)
-            total += loss.detach() * len(index)
-    ranknet.eval()
+        total.zero_()
+        order = torch.randperm(size, generator=generator, device=generator.device)
+        for index in order.split(batch_size):
+            keep = ranknet.net.draw([generator], 2, len(index))[0]
+            loss = descend(optimizer, ranknet_loss(ranknet, *(x[index] for x in pairs), keep))
+            total += loss * len(index)
     return total.item() / size
 
 
@@ -313,8 +319,8 @@ class QueryDataset:
 
 def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, preferred: Tensor,
               count: int, queries: QueryDataset, black_box: "BlackBox", ranknet: nn.Module | None,
-              optimizer: torch.optim.Optimizer | None, epochs: int,
-              generator: torch.Generator | None = None) -> dict[str, float]:
+              optimizer: "Adam | None", epochs: int,
+              generator: torch.Generator) -> dict[str, float]:
     """The body of Algorithm 1's `if`: asks `count` samples and sets D's ã = `preferred`, in place.
 
     state (N, S), action (N, A), preferred (N, A). Without `ranknet`, unasked samples keep their ã.
@@ -335,7 +341,7 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
     if ranknet is not None and len(rest):
         i = queries.index
         pairs = (state[i], action[i], queries.policy_action, queries.prefers_data)
-        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs, generator=generator)
+        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs, generator)
         keep = in_chunks(lambda i: pseudo_query(ranknet, state[i], action[i], pi[i]), rest)
         preferred[rest] = torch.where(keep[:, None], action[rest], pi[rest])
     return log
@@ -344,17 +350,44 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
 # ----------------------------------------------------------------------------------------- networks
 
 
-class MLP(nn.Sequential):
-    """Linear layers of these widths; ReLU, then dropout if any, between them."""
+class Linear(nn.Linear):
+    """nn.Linear, also with weights (S, out, in) for inputs (S, B, in): one layer for each seed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return super().forward(x)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.mT)
+
+
+class MLP(nn.ModuleList):
+    """Linear layers of these widths with ReLU, and dropout if it is asked for, between them."""
 
     def __init__(self, *sizes: int, dropout: float = 0.0):
-        layers: list[nn.Module] = []
-        for i, o in itertools.pairwise(sizes[:-1]):
-            layers += [nn.Linear(i, o), nn.ReLU()] + [nn.Dropout(dropout)] * (dropout > 0)
-        super().__init__(*layers, nn.Linear(*sizes[-2:]))
+        super().__init__(Linear(i, o) for i, o in itertools.pairwise(sizes))
+        self.hidden, self.dropout = sizes[1:-1], dropout
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return super().forward(torch.cat(inputs, -1))
+    def forward(self, *inputs: Tensor, keep: Tensor | None = None) -> Tensor:
+        """keep: bools (B, units in all hidden layers), what `draw` drew; None, no dropout."""
+        *hidden, last = self
+        x = torch.cat(inputs, -1)
+        masks = [None] * len(hidden) if keep is None else keep.split(self.hidden, -1)
+        for layer, mask in zip(hidden, masks, strict=True):
+            x = layer(x).relu()
+            if mask is not None:
+                x = x * mask / (1 - self.dropout)
+        return last(x)
+
+    def draw(self, generators: list[torch.Generator], *shape: int) -> Tensor | None:
+        """The hidden units that dropout keeps: bools (S, *shape, units), None without dropout.
+
+        16 random bits decide on each, which a CPU draws faster than numbers.
+        """
+        if not self.dropout:
+            return None
+        shape = (*shape, sum(self.hidden))
+        bits = draw_integers(generators, -(-math.prod(shape) // 4)).view(torch.int16)
+        keep = bits[:, : math.prod(shape)] >= round(2**16 * self.dropout) - 2**15
+        return keep.view(-1, *shape)
 
 
 class Critic(nn.Module):
@@ -375,8 +408,8 @@ class DeterministicActor(MLP):
     def __init__(self, state_dim: int, action_dim: int, dropout: float = 0.0):
         super().__init__(state_dim, 256, 256, action_dim, dropout=dropout)
 
-    def forward(self, state: Tensor) -> Tensor:
-        return super().forward(state).tanh()  # (B, A)
+    def forward(self, state: Tensor, keep: Tensor | None = None) -> Tensor:
+        return super().forward(state, keep=keep).tanh()  # (B, A)
 
 
 class GaussianActor(DeterministicActor):
@@ -384,14 +417,15 @@ class GaussianActor(DeterministicActor):
 
     def __init__(self, state_dim: int, action_dim: int, dropout: float):
         super().__init__(state_dim, action_dim, dropout)
-        self.register_parameter("log_std", nn.Parameter(torch.zeros(action_dim)))
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def std(self) -> Tensor:
-        return self.log_std.clamp(-5, 2).exp()  # (A,)
+        return self.log_std.clamp(-5, 2).exp().unsqueeze(-2)  # (1, A)
 
-    def log_prob(self, state: Tensor, action: Tensor) -> Tensor:
-        normal = torch.distributions.Normal(self(state), self.std(), validate_args=False)
-        return normal.log_prob(action).sum(-1)  # (B,)
+    def log_prob(self, state: Tensor, action: Tensor, keep: Tensor | None = None) -> Tensor:
+        std = self.std()
+        z = (action - self(state, keep)) / std
+        return -(z**2 / 2 + std.log() + math.log(2 * math.pi) / 2).sum(-1)  # (B,)
 
 
 class SquashedActor(MLP):
@@ -413,16 +447,47 @@ class SquashedActor(MLP):
         return u.tanh(), (normal - squash).sum(-1)
 
 
-def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam(module.parameters(), lr=lr, fused=True)
+class Temperature(nn.Module):
+    """SAC's weight of the entropy, as its logarithm."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros(()))
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of the optimizer's parameters; no other network gets a gradient."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        p.grad = gradient
-    optimizer.step()
+class Adam:
+    """Kingma & Ba's Adam of a module's parameters, as torch.optim.Adam, whose step the compiler and
+    a CUDA graph can't take whole. `lr` is a tensor, to be changed in place."""
+
+    def __init__(self, module: nn.Module, lr: float):
+        self.parameters = list(module.parameters())
+        self.mean, self.square = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.t, self.lr = self.parameters[0].new_zeros(2).unbind()
+        self.lr.fill_(lr)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        self.t += 1
+        if not torch.compiler.is_compiling():
+            torch._fused_adam_(
+                self.parameters, gradients, self.mean, self.square, [],
+                [self.t] * len(self.parameters), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8,
+                weight_decay=0.0, amsgrad=False, maximize=False)
+            return
+        rate, scale = self.lr / (1 - 0.9**self.t), (1 - 0.999**self.t).sqrt()
+        for p, g, m, v in zip(self.parameters, gradients, self.mean, self.square, strict=True):
+            m.lerp_(g, 1 - 0.9)
+            v.lerp_(g**2, 1 - 0.999)
+            p -= rate * m / (v.sqrt() / scale + 1e-8)
+
+
+def descend(optimizer: Adam, loss: Tensor) -> Tensor:
+    """One step of the optimizer's parameters; no other network gets a gradient. Returns the loss.
+
+    A loss (S,) of S seeds is summed: no parameter is in two of them.
+    """
+    optimizer.step(torch.autograd.grad(loss.sum(), optimizer.parameters))
+    return loss.detach()
 
 
 def target_of(net: nn.Module) -> nn.Module:
@@ -435,18 +500,48 @@ def polyak_update(target: nn.Module, net: nn.Module, polyak: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), polyak)
 
 
+def stack(nets: Sequence[nn.Module]) -> nn.Module:
+    """The networks of S seeds in one, with parameters (S, ...); of one seed, just its network."""
+    for parameter, *others in zip(*(net.parameters() for net in nets), strict=True):
+        if others:
+            parameter.data = torch.stack([parameter.data, *(p.data for p in others)])
+    return nets[0]
+
+
+def unstack(net: nn.Module, seed: int, seeds: int) -> nn.Module:
+    """A copy of one of S stacked networks."""
+    net = target_of(net)
+    for parameter in net.parameters():
+        parameter.data = parameter.data[seed].clone() if seeds > 1 else parameter.data
+    return net
+
+
+def normal(generators: list[torch.Generator], *shape: int) -> Tensor:
+    """Standard normal numbers (S, *shape), each seed's from its own generator."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+
+
+def draw_integers(generators: list[torch.Generator], count: int) -> Tensor:
+    """64 random bits each, (S, count), each seed's from its own generator."""
+    return torch.stack([torch.empty(count, dtype=torch.long, device=g.device).random_(
+        -(2**63), None, generator=g) for g in generators])
+
+
 # ---------------------------------------------------------------------- TD3+BC, IQL, SAC: one shape
 #
-# actor(state) is the deterministic policy: what is evaluated, and compared with the data's actions.
-# explore(state, noise) interacts. update(batch, noise, step) updates everything and returns losses.
-# But for dropout, all that is random in an update is `noise` (2, B, A), standard normal. `args` has
-# the flags' names as attributes; `updates` is how many will come, which only IQL's decay asks.
+# networks() of each seed are stacked, and then given to the constructor. Losses are written for one
+# seed; means and sums over the last axes let a leading axis of seeds through. actor(state) is the
+# deterministic policy: what is evaluated, and compared with the data's actions. explore(state,
+# noise) interacts. update(batch, noise, step) updates everything and returns losses; all that is
+# random in it is `noise`, what draw(generators, batch_size) drew. `args` has the flags' names as
+# attributes; `updates` is how many will come, which only IQL's decay asks.
 
 
 def bellman_loss(critic: nn.Module, batch: Batch, next_value: Tensor, discount: float) -> Tensor:
     """Squared error of both Q to r + γ next_value (B,), which a terminal state cuts off."""
     target = batch.reward + discount * batch.not_done * next_value  # (B,)
-    return ((critic(batch.state, batch.action) - target[:, None]) ** 2).mean(0).sum()
+    error = critic(batch.state, batch.action) - target.unsqueeze(-1)  # (B, 2)
+    return (error**2).mean(-2).sum(-1)
 
 
 @torch.no_grad()
@@ -461,85 +556,99 @@ def td3_next_value(critic_target: nn.Module, actor_target: nn.Module, batch: Bat
 def td3bc_actor_loss(actor: nn.Module, critic: Critic, batch: Batch, alpha: float) -> Tensor:
     """Eq. 6 as a loss: -λ Q(s, π(s)) + (π(s) - ã)², with λ = alpha / mean|Q|."""
     action = actor(batch.state)
-    q = critic.q1(batch.state, action)  # (B, 1)
-    weight = alpha / q.abs().mean().detach()
-    return -weight * q.mean() + ((action - batch.preferred) ** 2).mean()
+    q = critic.q1(batch.state, action).squeeze(-1)  # (B,)
+    weight = alpha / q.abs().mean(-1).detach()
+    return -weight * q.mean(-1) + ((action - batch.preferred) ** 2).mean((-2, -1))
 
 
 class TD3BC:
     """TD3+BC (Fujimoto & Gu 2021)."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
-        self.args = args
-        self.actor = DeterministicActor(state_dim, action_dim)
-        self.critic = Critic(state_dim, action_dim)
+    @staticmethod
+    def networks(state_dim: int, action_dim: int, args: argparse.Namespace) -> nn.ModuleDict:
+        return nn.ModuleDict({"actor": DeterministicActor(state_dim, action_dim),
+                              "critic": Critic(state_dim, action_dim)})
+
+    def __init__(self, networks: nn.ModuleDict, args: argparse.Namespace, updates: float):
+        self.args, self.actor, self.critic = args, networks["actor"], networks["critic"]
         self.actor_target, self.critic_target = target_of(self.actor), target_of(self.critic)
-        self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
+        self.actor_opt, self.critic_opt = Adam(self.actor, args.lr), Adam(self.critic, args.lr)
 
     def explore(self, state: Tensor, noise: Tensor) -> Tensor:
         return (self.actor(state) + self.args.exploration_noise * noise).clamp(-1, 1)
 
+    def draw(self, generators: list[torch.Generator], batch_size: int) -> Tensor:
+        return normal(generators, batch_size, self.actor[-1].out_features)
+
     def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
         a = self.args
         next_value = td3_next_value(
-            self.critic_target, self.actor_target, batch, noise[0], a.policy_noise, a.noise_clip)
+            self.critic_target, self.actor_target, batch, noise, a.policy_noise, a.noise_clip)
         critic_loss = bellman_loss(self.critic, batch, next_value, a.discount)
-        descend(self.critic_opt, critic_loss)
-        if step % a.policy_delay:
-            return {"critic_loss": critic_loss}
-        actor_loss = td3bc_actor_loss(self.actor, self.critic, batch, a.td3bc_alpha)
-        descend(self.actor_opt, actor_loss)
-        polyak_update(self.critic_target, self.critic, a.polyak)
-        polyak_update(self.actor_target, self.actor, a.polyak)
-        return {"critic_loss": critic_loss, "actor_loss": actor_loss}
+        losses = {"critic_loss": descend(self.critic_opt, critic_loss)}
+        if step % a.policy_delay == 0:
+            actor_loss = td3bc_actor_loss(self.actor, self.critic, batch, a.td3bc_alpha)
+            losses["actor_loss"] = descend(self.actor_opt, actor_loss)
+            polyak_update(self.critic_target, self.critic, a.polyak)
+            polyak_update(self.actor_target, self.actor, a.polyak)
+        return losses
 
 
-def iql_value_loss(value: nn.Module, critic_target: nn.Module, batch: Batch,
-                   expectile: float) -> Tensor:
-    """V(s) as an upper expectile of Q(s, a) over the data's actions (IQL's Eq. 5)."""
-    with torch.no_grad():
-        q = critic_target(batch.state, batch.action).amin(-1)
+def iql_value_loss(value: nn.Module, q: Tensor, batch: Batch, expectile: float) -> Tensor:
+    """V(s) as an upper expectile of q = Q(s, a) (B,) over the data's actions (IQL's Eq. 5)."""
     error = q - value(batch.state).squeeze(-1)  # (B,)
-    return (torch.where(error > 0, expectile, 1 - expectile) * error**2).mean()
+    return (torch.where(error > 0, expectile, 1 - expectile) * error**2).mean(-1)
 
 
-def iql_actor_loss(actor: GaussianActor, value: nn.Module, critic_target: nn.Module, batch: Batch,
-                   beta: float) -> Tensor:
-    """Advantage-weighted regression (IQL's Eq. 7) towards ã: OAP's Eq. 6 for IQL (point 6)."""
+def iql_actor_loss(actor: GaussianActor, value: nn.Module, q: Tensor, batch: Batch, beta: float,
+                   keep: Tensor | None = None) -> Tensor:
+    """Advantage-weighted regression (IQL's Eq. 7) towards ã: OAP's Eq. 6 for IQL (point 6).
+
+    q = Q(s, ã) (B,); keep, dropout's mask of the actor.
+    """
     with torch.no_grad():
-        q = critic_target(batch.state, batch.preferred).amin(-1)
-        advantage = q - value(batch.state).squeeze(-1)  # (B,)
-        weight = (beta * advantage).exp().clamp(max=100)
-    return -(weight * actor.log_prob(batch.state, batch.preferred)).mean()
+        weight = (beta * (q - value(batch.state).squeeze(-1))).exp().clamp(max=100)  # (B,)
+    return -(weight * actor.log_prob(batch.state, batch.preferred, keep)).mean(-1)
 
 
 class IQL:
     """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
-        self.args = args
-        self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout).eval()
-        self.critic, self.value = Critic(state_dim, action_dim), MLP(state_dim, 256, 256, 1)
-        self.critic_target, self.value_opt = target_of(self.critic), adam(self.value, args.lr)
-        self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
-        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_opt, updates)
+    @staticmethod
+    def networks(state_dim: int, action_dim: int, args: argparse.Namespace) -> nn.ModuleDict:
+        return nn.ModuleDict({"actor": GaussianActor(state_dim, action_dim, args.iql_dropout),
+                              "critic": Critic(state_dim, action_dim),
+                              "value": MLP(state_dim, 256, 256, 1)})
+
+    def __init__(self, networks: nn.ModuleDict, args: argparse.Namespace, updates: float):
+        self.args, self.updates = args, updates
+        self.actor, self.critic, self.value = (
+            networks[name] for name in ("actor", "critic", "value"))
+        self.critic_target, self.value_opt = target_of(self.critic), Adam(self.value, args.lr)
+        self.actor_opt, self.critic_opt = Adam(self.actor, args.lr), Adam(self.critic, args.lr)
 
     def explore(self, state: Tensor, noise: Tensor) -> Tensor:
         return (self.actor(state) + self.actor.std() * noise).clamp(-1, 1)
 
-    def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
+    def draw(self, generators: list[torch.Generator], batch_size: int) -> Tensor | None:
+        return self.actor.draw(generators, batch_size)
+
+    def update(self, batch: Batch, noise: Tensor | None, step: int) -> dict[str, Tensor]:
         a = self.args
-        value_loss = iql_value_loss(self.value, self.critic_target, batch, a.iql_expectile)
-        descend(self.value_opt, value_loss)
-        actor_loss = iql_actor_loss(
-            self.actor.train(), self.value, self.critic_target, batch, a.iql_beta)
-        descend(self.actor_opt, actor_loss)
-        self.actor.eval()  # no dropout where it acts or is compared
-        self.decay.step()
+        with torch.no_grad():
+            q = self.critic_target(batch.state, batch.action).amin(-1)  # (B,)
+            q_preferred = q if batch.preferred is batch.action else self.critic_target(
+                batch.state, batch.preferred).amin(-1)
+        value_loss = descend(
+            self.value_opt, iql_value_loss(self.value, q, batch, a.iql_expectile))
+        actor_loss = descend(self.actor_opt, iql_actor_loss(
+            self.actor, self.value, q_preferred, batch, a.iql_beta, noise))
+        cosine = torch.cos(self.actor_opt.t * (math.pi / self.updates))
+        self.actor_opt.lr.copy_(a.lr * (1 + cosine) / 2)
         with torch.no_grad():
             next_value = self.value(batch.next_state).squeeze(-1)  # no action of the policy's
-        critic_loss = bellman_loss(self.critic, batch, next_value, a.discount)
-        descend(self.critic_opt, critic_loss)
+        critic_loss = descend(
+            self.critic_opt, bellman_loss(self.critic, batch, next_value, a.discount))
         polyak_update(self.critic_target, self.critic, a.polyak)
         return {"critic_loss": critic_loss, "actor_loss": actor_loss, "value_loss": value_loss}
 
@@ -549,47 +658,55 @@ def sac_next_value(critic_target: nn.Module, actor: SquashedActor, temperature: 
                    batch: Batch, noise: Tensor) -> Tensor:
     """The smaller target Q of a sampled action, and its entropy bonus -> (B,)."""
     action, log_prob = actor.sample(batch.next_state, noise)
-    return critic_target(batch.next_state, action).amin(-1) - temperature * log_prob
+    return critic_target(batch.next_state, action).amin(-1) - temperature.unsqueeze(-1) * log_prob
 
 
 def sac_actor_loss(actor: SquashedActor, critic: nn.Module, temperature: Tensor, batch: Batch,
                    noise: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and the sampled actions' log-probabilities (B,)."""
     action, log_prob = actor.sample(batch.state, noise)
-    return (temperature * log_prob - critic(batch.state, action).amin(-1)).mean(), log_prob
+    q = critic(batch.state, action).amin(-1)  # (B,)
+    return (temperature.unsqueeze(-1) * log_prob - q).mean(-1), log_prob
 
 
 def sac_temperature_loss(log_temperature: Tensor, log_prob: Tensor, entropy: float) -> Tensor:
     """Raises the temperature while the policy's entropy is below `entropy`, in nats."""
-    return -(log_temperature * (log_prob.detach() + entropy)).mean()
+    return -log_temperature * (log_prob.detach() + entropy).mean(-1)
 
 
 class SAC:
     """Soft actor-critic (Haarnoja et al. 2018) with rlkit's settings: it trains the black boxes."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
-        self.args, self.entropy = args, -action_dim
-        self.actor = SquashedActor(state_dim, action_dim)
-        self.critic = Critic(state_dim, action_dim)
-        self.log_temperature = nn.Parameter(torch.zeros(()))
-        self.critic_target = target_of(self.critic)
-        self.actor_opt, self.critic_opt = adam(self.actor, args.lr), adam(self.critic, args.lr)
-        self.temperature_opt = torch.optim.Adam([self.log_temperature], lr=args.lr, fused=True)
+    @staticmethod
+    def networks(state_dim: int, action_dim: int, args: argparse.Namespace) -> nn.ModuleDict:
+        return nn.ModuleDict({"actor": SquashedActor(state_dim, action_dim),
+                              "critic": Critic(state_dim, action_dim),
+                              "temperature": Temperature()})
+
+    def __init__(self, networks: nn.ModuleDict, args: argparse.Namespace, updates: float):
+        self.args, self.actor, self.critic = args, networks["actor"], networks["critic"]
+        self.temperature, self.critic_target = networks["temperature"], target_of(self.critic)
+        self.action_dim = self.actor[-1].out_features // 2
+        self.temperature_opt = Adam(self.temperature, args.lr)
+        self.actor_opt, self.critic_opt = Adam(self.actor, args.lr), Adam(self.critic, args.lr)
 
     def explore(self, state: Tensor, noise: Tensor) -> Tensor:
         return self.actor.sample(state, noise)[0]
 
+    def draw(self, generators: list[torch.Generator], batch_size: int) -> Tensor:
+        return normal(generators, 2, batch_size, self.action_dim)
+
     def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
-        a, temperature = self.args, self.log_temperature.detach().exp()
+        a, temperature = self.args, self.temperature.log.detach().exp()
+        next_noise, noise = noise.unbind(-3)
         next_value = sac_next_value(
-            self.critic_target, self.actor, temperature, batch, noise[0])
-        critic_loss = bellman_loss(self.critic, batch, next_value, a.discount)
-        descend(self.critic_opt, critic_loss)
-        actor_loss, log_prob = sac_actor_loss(
-            self.actor, self.critic, temperature, batch, noise[1])
-        descend(self.actor_opt, actor_loss)
+            self.critic_target, self.actor, temperature, batch, next_noise)
+        critic_loss = descend(
+            self.critic_opt, bellman_loss(self.critic, batch, next_value, a.discount))
+        actor_loss, log_prob = sac_actor_loss(self.actor, self.critic, temperature, batch, noise)
+        actor_loss = descend(self.actor_opt, actor_loss)
         descend(self.temperature_opt, sac_temperature_loss(
-            self.log_temperature, log_prob, self.entropy))
+            self.temperature.log, log_prob, -self.action_dim))
         polyak_update(self.critic_target, self.critic, a.polyak)
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
@@ -715,8 +832,9 @@ def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
     for name in sorted({key[:key.index(".", 7) + 1] for key in saved if key.startswith("critic.")}):
         layers = {k.removeprefix(name): v for k, v in saved.items() if k.startswith(name)}
         widths = [v.shape for k, v in layers.items() if k.endswith("weight")]
-        critics.append(MLP(widths[0][1], *(w[0] for w in widths)).to(device).requires_grad_(False))
-        critics[-1].load_state_dict(layers)
+        net = MLP(widths[0][1], *(w[0] for w in widths)).to(device).requires_grad_(False)
+        net.load_state_dict(dict(zip(net.state_dict(), layers.values(), strict=True)))
+        critics.append(net)
     return lambda s, a: torch.cat(
         [critic(units.state(s), units.action(a)) for critic in critics], -1).amin(-1)
 
@@ -744,33 +862,51 @@ SHA256 = {
 }  # fmt: skip
 
 
+REPLAY = 1_000_000  # own transitions that are sampled where there is no D, the newest (rlkit)
 ARRAYS = ("observations", "actions", "rewards", "terminals", "timeouts")  # of a D4RL file
 
 
 class Data:
-    """Transitions in packed rows on the device: D, the first `offline` ones, then own ones."""
+    """Transitions in packed rows on the device: D, which all seeds share, then each seed's own.
 
-    def __init__(self, capacity: int, state_dim: int, action_dim: int, device: torch.device):
+    A seed counts D's rows from 0 to N - 1 and its own from N to size - 1.
+    """
+
+    def __init__(self, offline: int, room: int, seeds: int, state_dim: int, action_dim: int,
+                 device: torch.device):
         self.widths = [state_dim, action_dim, 1, state_dim, 1]
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.rows = torch.zeros(offline + seeds * room, sum(self.widths), device=device)
         self.state, self.action, self.reward, self.next_state, self.not_done = self.rows.split(
             self.widths, 1)  # views
-        self.preferred = torch.zeros(capacity, action_dim, device=device)  # ã
-        self.size = self.offline = 0
+        self.preferred: Tensor | None = None  # (S, N, A) ã, where it is not always a
+        self.offline = self.size = offline  # N
+        self.first = torch.arange(seeds, device=device)[:, None] * room  # (S, 1) of own rows
+        self.window = torch.tensor([0, offline], device=device)  # what is sampled, on the device
 
-    def append(self, state: Tensor, action: Tensor, reward: Tensor, next_state: Tensor,
-               done: Tensor) -> None:
-        """Adds (n, S), (n, A), (n,), (n, S), (n,) bool, with ã = a as Algorithm 1 begins."""
-        new = slice(self.size, self.size + len(state))
-        self.state[new], self.action[new], self.next_state[new] = state, action, next_state
-        self.reward[new, 0], self.not_done[new, 0] = reward, 1 - done.float()
-        self.preferred[new] = action
-        self.size = new.stop
+    def write(self, row: Tensor | slice, state: Tensor, action: Tensor, reward: Tensor,
+              next_state: Tensor, done: Tensor) -> None:
+        """Sets n rows to (n, S), (n, A), (n,), (n, S), (n,) bool."""
+        self.state[row], self.action[row], self.next_state[row] = state, action, next_state
+        self.reward[row, 0], self.not_done[row, 0] = reward, 1 - done.float()
 
-    def batch(self, index: Tensor) -> Batch:
-        state, action, reward, next_state, not_done = self.rows[index].split(self.widths, 1)
-        return Batch(state, action, reward.squeeze(1), next_state, not_done.squeeze(1),
-                     self.preferred[index])
+    def append(self, *transition: Tensor) -> None:
+        """An own transition of each seed, as in `write`."""
+        self.write(self.first[:, 0] + self.size, *transition)
+        self.size += 1
+        self.window[1] = self.size
+        if not self.offline:
+            self.window[0] = max(0, self.size - REPLAY)
+
+    def sample(self, generators: list[torch.Generator], batch_size: int) -> Batch:
+        """A batch (S, B, ...) for every seed, uniform over what is its own and D."""
+        oldest, size = self.window
+        index = oldest + draw_integers(generators, batch_size) % (size - oldest)  # (S, B)
+        rows = self.rows[index + self.first * (index >= self.offline)]
+        state, action, reward, next_state, not_done = rows.split(self.widths, -1)
+        preferred = action
+        if self.preferred is not None:
+            preferred = torch.stack([p[i] for p, i in zip(self.preferred, index, strict=True)])
+        return Batch(state, action, reward.squeeze(-1), next_state, not_done.squeeze(-1), preferred)
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -1139,12 +1275,10 @@ def make_env(task: str, physics: str = "exact"):
     return D4RLRules(env) if family in ROBOTS else env
 
 
-def make_envs(task: Task, args: argparse.Namespace):
-    """At most 10 copies of the task's environment, for evaluation, as one vectorised one."""
-    import gymnasium as gym
-
-    return gym.vector.SyncVectorEnv(
-        [lambda: make_env(task.name, args.physics)] * min(args.eval_episodes, 10))
+def make_envs(task: Task, args: argparse.Namespace) -> list:
+    """For evaluation, at most 10 copies of the task's environment for each seed."""
+    return [make_env(task.name, args.physics)
+            for _ in range(len(args.seeds) * min(args.eval_episodes, 10))]
 
 
 def reference_returns(args: argparse.Namespace, task: Task) -> tuple[float, float]:
@@ -1183,33 +1317,36 @@ def raw_policy(act: Callable[[Tensor], Tensor], units: Units) -> Policy:
     return policy
 
 
-def rollout(envs, policy: Policy, seed: int) -> dict[str, np.ndarray]:
+def rollout(envs: list, policy: Policy, seeds: Iterable[int]) -> dict[str, np.ndarray]:
     """An episode in each of the E environments: D4RL's arrays, one episode after the other.
 
-    Also "returns" (E,), undiscounted.
+    Also "returns" (E,), undiscounted. The policy is asked for all environments at once; only those
+    whose episode goes on are stepped.
     """
-    state, _ = envs.reset(seed=seed)
-    alive, log = np.ones(envs.num_envs, bool), []
+    state = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    episodes, alive = [[] for _ in envs], np.ones(len(envs), bool)
     while alive.any():
         action = policy(state)
-        next_state, reward, terminal, truncated, _ = envs.step(action)
-        log.append((state, action, reward, terminal, truncated & ~terminal, alive))
-        alive = alive & ~(terminal | truncated)
-        state = next_state
-    *arrays, lived = (np.stack(x, 1) for x in zip(*log, strict=True))  # (E, T, ...)
-    flat = {name: array[lived] for name, array in zip(ARRAYS, arrays, strict=True)}
-    return flat | {"returns": (arrays[2] * lived).sum(1)}
+        for i in np.flatnonzero(alive):
+            next_state, reward, terminal, truncated, _ = envs[i].step(action[i])
+            episodes[i].append(
+                (state[i].copy(), action[i], reward, terminal, truncated and not terminal))
+            state[i], alive[i] = next_state, not (terminal or truncated)
+    columns = zip(*itertools.chain.from_iterable(episodes), strict=True)
+    arrays = {name: np.array(column) for name, column in zip(ARRAYS, columns, strict=True)}
+    return arrays | {"returns": np.array([sum(row[2] for row in rows) for rows in episodes])}
 
 
-def play(envs, policy: Policy, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Rollouts without end, no two with the same seed."""
-    return (rollout(envs, policy, seed + wave * envs.num_envs) for wave in itertools.count())
+def evaluate(envs: list, policy: Policy, episodes: int, seeds: Sequence[int]) -> np.ndarray:
+    """Returns (S, episodes) of whole episodes: S policies have as many environments each, in order.
 
-
-def evaluate(envs, policy: Policy, episodes: int, seed: int) -> np.ndarray:
-    """Returns (episodes,) of whole episodes; nothing random but `seed` decides what they meet."""
-    waves = itertools.islice(play(envs, policy, seed), math.ceil(episodes / envs.num_envs))
-    return np.concatenate([wave["returns"] for wave in waves])[:episodes]
+    Nothing random but its seed decides what a policy meets.
+    """
+    each = len(envs) // len(seeds)
+    waves = [rollout(envs, policy, (seed + first + i for seed in seeds for i in range(each)))
+             for first in range(0, episodes, each)]
+    returns = [wave["returns"].reshape(len(seeds), each) for wave in waves]
+    return np.concatenate(returns, 1)[:, :episodes]
 
 
 def audit(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, asked: Tensor,
@@ -1235,11 +1372,10 @@ def audit(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, ask
 
 # ----------------------------------------------------------------------------------------- training
 
-REPLAY = 1_000_000  # own transitions that are sampled where there is no D, the newest (rlkit)
 COLUMNS = (
     "step", "score", "return", "interactions", "queries", "prefers_policy", "divergence", "bound",
     "ranknet_loss", "ranknet_accuracy", "unasked_prefer_policy", "audited", "critic_loss",
-    "actor_loss", "value_loss", "updates_per_second", "seconds",
+    "actor_loss", "value_loss", "updates_per_second", "evaluation_share", "oap_share", "seconds",
 )  # fmt: skip
 
 
@@ -1265,42 +1401,49 @@ def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
     tensors = (np.zeros(state_dim) + mean, np.zeros(state_dim) + std, box.low, box.high)
     units = Units(*(torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in tensors),
                   float(scale), args.reward_shift)
-    room = args.budget if scheme.spends == "interactions" else 0
-    data = Data(n + room, state_dim, len(box.low), torch.device(args.device))
+    room, seeds = args.budget if scheme.spends == "interactions" else 0, len(args.seeds)
+    data = Data(n, room, seeds, state_dim, len(box.low), torch.device(args.device))
     if scheme.data:
         action, reward, done = (torch.as_tensor(raw[k], device=args.device)
                                 for k in ("action", "reward", "done"))
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
-        data.append(units.state(raw["state"]), units.action(action).clamp(-limit, limit),
-                    units.reward(reward), units.state(raw["next_state"]), done)
-        data.offline = data.size
+        data.write(slice(n), units.state(raw["state"]), units.action(action).clamp(-limit, limit),
+                   units.reward(reward), units.state(raw["next_state"]), done)
+    if scheme.spends == "queries":
+        data.preferred = data.action.repeat(seeds, 1, 1)  # Algorithm 1: ã_i = a_i
     return data, units, score
 
 
 class Interaction:
-    """The training environment, which only schemes that interact have."""
+    """The training environments, one for each seed, which only schemes that interact have."""
 
-    def __init__(self, env, units: Units, data: Data, seed: int):
-        self.env, self.units, self.data, self.steps, self.timeouts = env, units, data, 0, []
-        self.state = units.state(env.reset(seed=seed)[0])[None]  # (1, S)
+    def __init__(self, envs: list, units: Units, data: Data, seeds: Sequence[int]):
+        self.envs, self.units, self.data, self.steps = envs, units, data, 0
+        self.timeouts: list[list[int]] = [[] for _ in envs]
+        states = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+        self.state = np.stack(states)  # (S, state_dim), raw
 
     @torch.no_grad()
-    def step(self, explore: Callable | None, generator: torch.Generator) -> None:
-        """One step with explore(state, noise), or with a uniformly random action if it is None."""
-        noise = torch.empty_like(self.units.low)[None]  # (1, A)
+    def step(self, explore: Callable | None, generators: list[torch.Generator]) -> None:
+        """A step of each, with explore(state, noise), or uniformly random if that is None."""
+        low, device = self.units.low, self.units.low.device
         if explore is None:
-            action = noise.uniform_(-1, 1, generator=generator)
+            action = torch.stack([torch.rand(len(low), generator=g, device=device) * 2 - 1
+                                  for g in generators])  # (S, A)
         else:
-            action = explore(self.state, noise.normal_(generator=generator))
-        state, reward, terminal, truncated, _ = self.env.step(
-            self.units.raw_action(action)[0].cpu().numpy())
-        if truncated and not terminal:
-            self.timeouts.append(self.data.size)
-        state, reward = self.units.state(state)[None], torch.tensor([self.units.reward(reward)])
-        self.data.append(self.state, action, reward, state, torch.tensor([terminal]))
-        self.state = state
-        if terminal or truncated:
-            self.state = self.units.state(self.env.reset()[0])[None]
+            state = self.units.state(self.state).unsqueeze(1)  # (S, 1, state_dim)
+            action = explore(state, normal(generators, 1, len(low))).squeeze(1)
+        raw = self.units.raw_action(action).cpu().numpy()
+        steps = [env.step(a) for env, a in zip(self.envs, raw, strict=True)]
+        next_state, reward, terminal, truncated, _ = map(np.array, zip(*steps, strict=True))
+        for i in np.flatnonzero(truncated & ~terminal):
+            self.timeouts[i].append(self.steps)
+        reward = self.units.reward(torch.as_tensor(reward, dtype=torch.float32, device=device))
+        self.data.append(self.units.state(self.state), action, reward,
+                         self.units.state(next_state), torch.as_tensor(terminal, device=device))
+        self.state = next_state
+        for i in np.flatnonzero(terminal | truncated):
+            self.state[i] = self.envs[i].reset()[0]
         self.steps += 1
 
 
@@ -1308,9 +1451,9 @@ class Log:
     """A run's config.json, progress.csv with a row for each evaluation, and lines on the screen."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, task: Task, behaviour: float, spec):
+        self.seed = int(folder.name)
         self.folder, self.rows, self.row = folder, [], {}
         self.zero, self.hundred = reference_returns(args, task)
-        self.started, self.evaluating = time.time(), 0.0
         protocol = {
             "environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
             "episodes": args.eval_episodes, "return_0": self.zero, "return_100": self.hundred,
@@ -1321,7 +1464,8 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / "model.pt", *folder.glob("audit-*.npz")):
             old.unlink(missing_ok=True)
-        config = {"args": vars(args), "protocol": protocol, "versions": versions}
+        config = {"args": vars(args) | {"seeds": [self.seed]}, "protocol": protocol,
+                  "versions": versions}
         write_text(folder / "config.json", json.dumps(finite(config), indent=2))
         print(f"{folder}: " + ", ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
@@ -1331,24 +1475,46 @@ class Log:
         """D4RL's normalised score of a return."""
         return 100 * (value - self.zero) / (self.hundred - self.zero)
 
-    def write(self, step: int, updates: int, value: float) -> None:
+    def write(self, step: int, updates: int, value: float, clock: "Clock") -> None:
         """Completes `row` with the mean return `value`, and writes and prints it."""
         from tqdm import tqdm
 
-        seconds = time.time() - self.started
-        self.row |= {"step": step, "return": value, "score": self.score(value),
-                     "seconds": round(seconds, 2),
-                     "updates_per_second": round(step / (seconds - self.evaluating), 1)}
+        self.row |= {"step": step, "return": value, "score": self.score(value), **clock.row}
         self.rows.append(dict(self.row))
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(finite, self.rows))
         write_text(self.folder / "progress.csv", text.getvalue())
-        left = tqdm.format_interval(seconds / step * (updates - step))
+        left = tqdm.format_interval(self.row["seconds"] / step * (updates - step))
         known = finite(self.row)
-        shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-2] if known.get(k) is not None]
-        tqdm.write("  ".join([f"step {step:,}", f"left {left}", *shown]))
+        shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-1] if known.get(k) is not None]
+        tqdm.write("  ".join([f"seed {self.seed}", f"step {step:,}", f"left {left}", *shown]))
+
+
+class Clock:
+    """Where a run's time goes: updates since the last row, evaluation and OAP since the start."""
+
+    def __init__(self):
+        self.started = self.last = time.time()
+        self.shares, self.step, self.row = {"evaluation": 0.0, "oap": 0.0}, 0, {}
+        self.other = 0.0  # since the last row: what was no update
+
+    @contextlib.contextmanager
+    def measure(self, share: str):
+        started = time.time()
+        yield
+        self.shares[share] += time.time() - started
+        self.other += time.time() - started
+
+    def tick(self, step: int) -> None:
+        """Completes a row. Updates per second are each seed's."""
+        now = time.time()
+        speed = (step - self.step) / max(now - self.last - self.other, 1e-9)
+        self.row = {"updates_per_second": round(speed, 1), "seconds": round(now - self.started, 2)}
+        self.row |= {f"{k}_share": round(v / (now - self.started), 4)
+                     for k, v in self.shares.items()}
+        self.last, self.step, self.other = now, step, 0.0
 
 
 def finite(x):
@@ -1372,14 +1538,14 @@ def read_progress(path: Path) -> list[dict[str, float]]:
         return [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def run_folder(args: argparse.Namespace, task: Task) -> Path:
+def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
     """<out>/<env>/<algo>-<scheme>[-variant]/<seed>; the variant is what is not the scheme's own."""
     variant = [args.timing] * (args.timing != SCHEMES[args.scheme].timing)
     if args.scheme == "oap":
         variant += ["inf"] * math.isinf(args.budget) + ["no-ranknet"] * (not args.ranknet)
     name = "-".join([args.algo, args.scheme, *variant] + [args.tag] * bool(args.tag))
     env = task.robot if args.scheme == "expert" else task.name
-    return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(args.seed))
+    return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(seed))
 
 
 def expert_folder(args: argparse.Namespace, task: Task) -> Path:
@@ -1392,7 +1558,8 @@ def finished(folder: Path, args: argparse.Namespace) -> bool:
     if args.overwrite or not (folder / "model.pt").is_file():
         return False
     old, new = json.loads((folder / "config.json").read_text())["args"], finite(vars(args))
-    free = ("overwrite", "device", "out") + ("env",) * (args.scheme == "expert")
+    free = ["overwrite", "device", "out", "seeds", "compile", "cuda_graph"]
+    free += ["env"] * (args.scheme == "expert")
     if differ := [k for k in new if k not in free and old.get(k) != new[k]]:
         flag, was = differ[0].replace("_", "-"), old.get(differ[0])
         raise BadInput(f"{folder} was finished with --{flag} {was}, not {new[differ[0]]}: use --tag"
@@ -1416,29 +1583,30 @@ def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
             f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]))
 
 
-def make_datasets(args: argparse.Namespace, folder: Path, envs, snapshots: list,
-                  interaction: Interaction) -> None:
+def make_datasets(args: argparse.Namespace, folder: Path, envs: list, snapshots: list,
+                  units: Units, history: dict[str, np.ndarray]) -> None:
     """D4RL's recipe: the datasets of all QUALITIES, and scores.json, from the history of a SAC run.
 
     snapshots: (return, samples so far, actor) of each evaluation that was the best so far, and of
-    the last. "medium" is the first a third of the way from a random policy's to the final return.
+    the last. history: D4RL's arrays of the run's own transitions. "medium" is the first snapshot a
+    third of the way from a random policy's to the final return.
     """
-    units, size, history = interaction.units, args.dataset_size, interaction.data
-    generator = torch.Generator(units.low.device).manual_seed(args.seed)
-    noise = torch.empty(envs.num_envs, len(units.low), device=units.low.device)
+    size = args.dataset_size
+    generator = torch.Generator(units.low.device).manual_seed(int(folder.name))
+    noise = torch.empty(len(envs), len(units.low), device=units.low.device)
 
     def collect(act: Callable[[Tensor], Tensor], seed: int) -> dict[str, np.ndarray]:
         waves, rows = [], 0
-        for wave in play(envs, raw_policy(act, units), seed):
-            waves, rows = [*waves, wave], rows + len(wave["rewards"])
-            if rows >= size:
-                return {k: np.concatenate([w[k] for w in waves])[:size] for k in wave}
+        while rows < size:
+            waves.append(rollout(envs, raw_policy(act, units), range(seed, seed + len(envs))))
+            rows, seed = rows + len(waves[-1]["rewards"]), seed + len(envs)
+        return {k: np.concatenate([w[k] for w in waves])[:size] for k in waves[0]}
 
     def sampling(actor: SquashedActor) -> Callable[[Tensor], Tensor]:
         return lambda state: actor.sample(state, noise.normal_(generator=generator))[0]
 
     last = snapshots[-1][2]
-    final = evaluate(envs, raw_policy(last, units), 100, seed=10**6).mean()
+    final = evaluate(envs, raw_policy(last, units), 100, [10**6]).mean()
     random = collect(lambda state: noise.uniform_(-1, 1, generator=generator), seed=2 * 10**6)
     zero = random.pop("returns").mean()
     if final <= zero:
@@ -1452,101 +1620,164 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs, snapshots: list,
     expert.pop("returns")
     both = {k: np.concatenate([medium[k][: size // 2], expert[k][: size // 2]]) for k in medium}
     both["timeouts"][size // 2 - 1] = True  # nothing follows the first half's last row
-    replay = {
-        "observations": units.raw_state(history.state), "actions": units.raw_action(history.action),
-        "rewards": history.reward[:, 0] - units.reward_shift,
-        "terminals": history.not_done[:, 0] == 0,
-        "timeouts": torch.isin(torch.arange(samples), torch.tensor(interaction.timeouts))}
-    replay = {k: v[:samples].cpu().numpy() for k, v in replay.items()}
+    replay = {k: v[:samples] for k, v in history.items()}
     for quality, arrays in zip(QUALITIES, (random, medium, replay, both, expert), strict=True):
         write_dataset(folder / f"{quality}.hdf5", arrays)
     write_text(folder / "scores.json", json.dumps(scores, indent=2))
 
 
-def train(args: argparse.Namespace) -> list[dict[str, float]]:
-    """One run of one scheme: Algorithm 1 with `--scheme oap`. Returns the rows of progress.csv.
+def history(data: Data, interaction: Interaction, seed: int) -> dict[str, np.ndarray]:
+    """D4RL's arrays of a seed's own transitions."""
+    units, first = interaction.units, data.offline + int(data.first[seed])
+    own = slice(first, first + interaction.steps)
+    timeouts = np.isin(np.arange(interaction.steps), interaction.timeouts[seed])
+    tensors = (units.raw_state(data.state[own]), units.raw_action(data.action[own]),
+               data.reward[own, 0] - units.reward_shift, data.not_done[own, 0] == 0)
+    return dict(zip(ARRAYS, (*(x.cpu().numpy() for x in tensors), timeouts), strict=True))
 
-    Raises BadInput, before anything is written, if arguments, files and environment don't fit, and
-    if losses diverge.
+
+def graphed(advance: Callable[[int], dict], generators: list[torch.Generator]) -> Callable:
+    """`advance` replayed from CUDA graphs, one for each argument, which saves Python's time.
+
+    An argument's first three calls run as they are, on a side stream, as capture asks for. Whatever
+    `advance` reads must stay where it is in memory, and be changed in place.
+    """
+    graphs, losses, calls = {}, {}, collections.Counter()
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+
+    def replay(argument: int) -> dict[str, Tensor]:
+        calls[argument] += 1
+        if calls[argument] <= 3:
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                losses[argument] = advance(argument)
+            main.wait_stream(side)
+            return losses[argument]
+        if argument not in graphs:
+            graph = graphs[argument] = torch.cuda.CUDAGraph()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):  # records, and does not run
+                losses[argument] = advance(argument)
+        graphs[argument].replay()
+        return losses[argument]
+
+    return replay
+
+
+def train(args: argparse.Namespace) -> list[list[dict[str, float]]]:
+    """A run of one scheme for each seed: Algorithm 1 with `--scheme oap`.
+
+    Returns the rows of each seed's progress.csv. Raises BadInput, before anything is written, if
+    arguments, files and environment don't fit, and if losses diverge.
     """
     from tqdm import tqdm
 
     task, scheme, device = parse_task(args.env), SCHEMES[args.scheme], torch.device(args.device)
-    folder, asks = run_folder(args, task), scheme.spends == "queries"
-    if finished(folder, args):
-        return read_progress(folder / "progress.csv")
+    asks, folders = scheme.spends == "queries", [run_folder(args, task, s) for s in args.seeds]
+    todo = [folder for folder in folders if not finished(folder, args)]
+    args.seeds = seeds = [int(folder.name) for folder in todo]
+    if not seeds:
+        return [read_progress(folder / "progress.csv") for folder in folders]
     envs = make_envs(task, args)
-    spec, box = envs.get_attr("spec")[0], envs.single_action_space
-    S, A = envs.single_observation_space.shape[0], box.shape[0]
+    spec, box = envs[0].spec, envs[0].action_space
+    S, A, K = envs[0].observation_space.shape[0], box.shape[0], range(len(seeds))
     prepare_local_task(args, task)
     expert = args.expert or str(expert_folder(args, task) / "model.pt")
     if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
         raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
     data, units, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
     updates = args.steps + args.finetune_steps * scheme.finetune
-    with device:
-        agent = ALGORITHMS[args.algo](S, A, args, math.inf if args.scheme == "o2o" else updates)
-        ranknet = RankNet(S, A).eval() if asks and args.ranknet else None
-    ranknet_opt = adam(ranknet, args.lr) if ranknet else None
-    black_box = interaction = None
+    networks, ranknets = [], []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        with device:
+            networks.append(ALGORITHMS[args.algo].networks(S, A, args))
+            ranknets.append(RankNet(S, A) if asks and args.ranknet else None)
+    agent = ALGORITHMS[args.algo](
+        stack(networks), args, math.inf if args.scheme == "o2o" else updates)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    ranknet_opts = [Adam(ranknet, args.lr) if ranknet else None for ranknet in ranknets]
+    queries = [QueryDataset(data.offline, A, device) for _ in seeds]
+    black_boxes, interaction = [], None
     if asks or args.audit:
-        black_box = load_black_box(expert, units, args.budget if asks else 0)
+        black_boxes = [load_black_box(expert, units, args.budget if asks else 0) for _ in seeds]
     if scheme.spends == "interactions":
-        interaction = Interaction(make_env(task.name, args.physics), units, data, args.seed)
-    log, losses, snapshots = Log(folder, args, task, behaviour, spec), {}, []
-    policy, queries = raw_policy(agent.actor, units), QueryDataset(data.offline, A, device)
+        interaction = Interaction(
+            [make_env(task.name, args.physics) for _ in seeds], units, data, seeds)
+    logs = [Log(folder, args, task, behaviour, spec) for folder in todo]
+    losses, snapshots, clock = {}, [[] for _ in seeds], Clock()
+    policy = raw_policy(
+        lambda state: agent.actor(state.unflatten(0, (len(seeds), -1))).flatten(0, 1), units)
     d = (data.state[: data.offline], data.action[: data.offline])  # (N, S), (N, A)
     ft = args.timing == "ft"
     start, stop = (args.steps, updates) if ft else (0, args.steps)  # interactions are spent here
     rounds = range(args.steps if ft else args.interval, args.steps + 1, args.interval)
     random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
+    update = torch.compile(agent.update, fullgraph=True) if args.compile else agent.update
+
+    def advance(step: int) -> dict[str, Tensor]:
+        return update(data.sample(generators, args.batch_size),
+                      agent.draw(generators, args.batch_size), step)
+
+    if args.cuda_graph:
+        advance = graphed(advance, generators)
 
     for step in tqdm(range(1, updates + 1), disable=None, unit=" updates", smoothing=0.05):
         while interaction and interaction.steps < max(
                 due(step, args.budget, start, stop), random_steps):
             warm = interaction.steps >= random_steps
-            interaction.step(agent.explore if warm else None, generator)
-        oldest = 0 if scheme.data else max(0, data.size - REPLAY)
-        index = torch.randint(
-            oldest, data.size, (args.batch_size,), generator=generator, device=device)
-        noise = torch.randn(2, args.batch_size, A, generator=generator, device=device)
-        losses |= agent.update(data.batch(index), noise, step)
+            interaction.step(agent.explore if warm else None, generators)
+        losses |= advance(step % args.policy_delay)
 
         last, asking = step == updates, asks and step in rounds
         auditing = args.audit and (asking or step % args.interval == 0 or last)
         if not (asking or auditing or step % args.eval_every == 0 or last):
             continue
-        log.row |= {name: loss.item() for name, loss in losses.items()}
-        if not all(math.isfinite(log.row[name]) for name in losses):
-            raise BadInput(f"diverged at update {step:,}: {log.row}; {folder} has what came before")
-        owed = due(step, args.budget, 0, args.steps) - black_box.asked if asking else 0
-        if count := min(owed, data.offline):
-            log.row |= oap_round(agent.actor, *d, data.preferred, count, queries, black_box,
-                                 ranknet, ranknet_opt, args.ranknet_epochs, generator)
-        if auditing:
-            trained = ranknet if len(queries.index) else None
-            log.row |= audit(agent.actor, *d, queries.asked, black_box, trained,
-                             folder / f"audit-{step}.npz")
-        started = time.time()
-        seed = int(np.random.SeedSequence((args.seed, step)).generate_state(1)[0])
-        returns = evaluate(envs, policy, args.eval_episodes, seed)
-        log.evaluating += time.time() - started
-        log.row |= {"interactions": interaction.steps} if interaction else {}
-        log.row |= {"queries": black_box.asked, "audited": black_box.audited} if black_box else {}
-        log.write(step, updates, float(returns.mean()))
-        if args.scheme == "expert" and (
-                last or not snapshots or returns.mean() > snapshots[-1][0]):
-            snapshots.append((returns.mean(), data.size, copy.deepcopy(agent.actor)))
-    if args.scheme == "expert" and task.quality:
-        make_datasets(args, folder, envs, snapshots, interaction)
-    saved = {"algo": args.algo, "env": args.env, "units": list(units),
-             "actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()}
-    write_atomic(folder / "model.pt", lambda part: torch.save(saved, part))  # last: marks the end
-    if math.isfinite(log.zero):
-        print(f"{folder}: score {final_score(log.rows):.1f}, the mean of the last 10 evaluations")
-    return log.rows
+        for k, log in enumerate(logs):
+            log.row |= {name: loss[k].item() for name, loss in losses.items()}
+            if not all(math.isfinite(log.row[name]) for name in losses):
+                raise BadInput(f"diverged at update {step:,}: {log.row}; {log.folder} has what came"
+                               " before")
+        with clock.measure("oap"):
+            for k in K if asking or auditing else ():
+                actor = unstack(agent.actor, k, len(seeds))
+                owed = due(step, args.budget, 0, args.steps) - black_boxes[k].asked if asking else 0
+                if count := min(owed, data.offline):
+                    logs[k].row |= oap_round(
+                        actor, *d, data.preferred[k], count, queries[k], black_boxes[k],
+                        ranknets[k], ranknet_opts[k], args.ranknet_epochs, generators[k])
+                if auditing:
+                    trained = ranknets[k] if len(queries[k].index) else None
+                    logs[k].row |= audit(actor, *d, queries[k].asked, black_boxes[k], trained,
+                                         todo[k] / f"audit-{step}.npz")
+        with clock.measure("evaluation"):
+            first = [int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+                     for seed in seeds]
+            returns = evaluate(envs, policy, args.eval_episodes, first).mean(1)  # (S,)
+        clock.tick(step)
+        for k, log in enumerate(logs):
+            log.row |= {"interactions": interaction.steps} if interaction else {}
+            log.row |= {"queries": black_boxes[k].asked, "audited": black_boxes[k].audited} if (
+                black_boxes) else {}
+            log.write(step, updates, float(returns[k]), clock)
+            if args.scheme == "expert" and (
+                    last or not snapshots[k] or returns[k] > snapshots[k][-1][0]):
+                actor = unstack(agent.actor, k, len(seeds))
+                snapshots[k].append((returns[k], data.size, actor))
+    for k, log in enumerate(logs):
+        if args.scheme == "expert" and task.quality:
+            own = envs[: len(envs) // len(seeds)]
+            make_datasets(args, log.folder, own, snapshots[k], units, history(data, interaction, k))
+        saved = {"algo": args.algo, "env": args.env, "units": list(units)} | {
+            name: unstack(net, k, len(seeds)).state_dict()
+            for name, net in (("actor", agent.actor), ("critic", agent.critic))}
+        # Written last: it marks the end.
+        write_atomic(log.folder / "model.pt", lambda part: torch.save(saved, part))  # noqa: B023
+        if math.isfinite(log.zero):
+            print(f"{log.folder}: score {final_score(log.rows):.1f}, the mean of the last 10"
+                  " evaluations")
+    return [read_progress(folder / "progress.csv") for folder in folders]
 
 
 def final_score(rows: list[dict[str, float]]) -> float:
@@ -1567,9 +1798,9 @@ def demo() -> None:
     offline = [*DEMO.split(), "--scheme=offline", "--steps=6000"]
     for argv in (oap, offline):
         print(f"python oap.py {' '.join(argv)}")
-    runs = {"offline": train(parse_args(offline)), "OAP": train(parse_args(oap))}
+    runs = {"offline": train(parse_args(offline))[0], "OAP": train(parse_args(oap))[0]}
     last = runs["OAP"][-1]
-    folder = run_folder(parse_args(oap), parse_task(oap[1]))
+    folder = run_folder(parse_args(oap), parse_task(oap[1]), 0)
     config = json.loads((folder / "config.json").read_text())
     table = {
         "score of the behaviour data": config["protocol"]["behaviour_score"],
@@ -1614,6 +1845,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.device = str(torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    cuda = args.device.startswith("cuda")
+    args.cuda_graph = cuda if args.cuda_graph is None else args.cuda_graph
+    if args.cuda_graph and not cuda:
+        raise BadInput(f"--cuda-graph needs a GPU, and the device is {args.device}")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise BadInput("--seeds: one is named twice")
     return args
 
 
