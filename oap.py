@@ -26,9 +26,10 @@ What the paper leaves open, and what is done here:
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã is frozen between rounds: the policy's action as it was when it was preferred. Asked samples
     keep the black box's answer; in every round RankNet answers anew for all the others.
- 5. RankNet goes on training from round to round, with Adam at 3e-4 in batches of 256, for the 100
-    epochs of Table 5 (Algorithm 1: "until convergence"). It sees states as the policy does, and is
-    not trained when no sample is left for it to answer.
+ 5. RankNet goes on training from round to round, with Adam at 3e-4 in batches of 256 of all of D_q:
+    as many as Table 5's 100 epochs have over the round's own answers (Algorithm 1: "until
+    convergence"). 100 epochs over all of D_q take 5.5 times as long and end in the same labels
+    (README). It sees states as the policy does, and is not trained when none is left to answer.
  6. IQL, for which Eq. 6 is not printed: ã replaces a in the advantage-weighted regression, in the
     weight and in the likelihood. V and Q learn from the data's action, which has the reward.
  7. λ in Table 5 is TD3+BC's alpha: Eq. 6's λ is alpha / mean|Q|.
@@ -166,6 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile for updates: faster after a minute")
     add("--cuda-graph", action=switch, help="for updates (default: with CUDA)")
     add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
+    add("--benchmark", action="store_true", help="measure this machine instead of a run")
     # the scheme
     add("--steps", type=count, help="updates of the first phase, N_train (default: 1000000)")
     add("--finetune-steps", type=count, default=100_000, help="updates of the second (o2o, oap)")
@@ -174,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
     add("--timing", choices=("interval", "ft"), help="Figure 7 (default: the scheme's)")
     add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/RN) has none")
-    add("--ranknet-epochs", type=count, default=100, help="in every round")
+    add("--ranknet-epochs", type=count, default=100, help="in every round, over its own answers")
     add("--audit", action="store_true", help="every interval, ask about all of D outside of the"
         " budget: RankNet's accuracy, and Figure 6's data in an npz")
     # the protocol
@@ -274,21 +276,21 @@ def ranknet_loss(ranknet: nn.Module, state: Tensor, action: Tensor, policy_actio
     return F.binary_cross_entropy_with_logits(o, prefers_data.to(o.dtype))
 
 
-def train_ranknet(ranknet: RankNet, optimizer: "Adam", pairs: tuple[Tensor, ...], epochs: int,
+def train_ranknet(ranknet: RankNet, optimizer: "Adam", pairs: tuple[Tensor, ...], steps: int,
                   generator: torch.Generator, batch_size: int = 256) -> float:
     """Descends Eq. 3 on D_q = (state, action, policy_action, prefers_data) of M rows each.
 
-    Returns the last epoch's mean loss, in nats: log 2 is what guessing costs.
+    Batches run through D_q in one random order after the other. Returns the mean loss of the last
+    M / batch_size steps, in nats: log 2 is what guessing costs.
     """
-    size, total = len(pairs[0]), torch.zeros((), device=generator.device)
-    for _ in range(epochs):
-        total.zero_()
-        order = torch.randperm(size, generator=generator, device=generator.device)
-        for index in order.split(batch_size):
+    losses: list[Tensor] = []
+    while len(losses) < steps:
+        order = torch.randperm(len(pairs[0]), generator=generator, device=generator.device)
+        for index in order.split(batch_size)[: steps - len(losses)]:
             keep = ranknet.net.draw([generator], 2, len(index))[0]
-            loss = descend(optimizer, ranknet_loss(ranknet, *(x[index] for x in pairs), keep))
-            total += loss * len(index)
-    return total.item() / size
+            loss = ranknet_loss(ranknet, *(x[index] for x in pairs), keep)
+            losses.append(descend(optimizer, loss))
+    return torch.stack(losses[-math.ceil(len(order) / batch_size):]).mean().item()
 
 
 def pseudo_query(ranknet: nn.Module, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
@@ -341,7 +343,8 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
     if ranknet is not None and len(rest):
         i = queries.index
         pairs = (state[i], action[i], queries.policy_action, queries.prefers_data)
-        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs, generator)
+        steps = math.ceil(epochs * count / 256)
+        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, steps, generator)
         keep = in_chunks(lambda i: pseudo_query(ranknet, state[i], action[i], pi[i]), rest)
         preferred[rest] = torch.where(keep[:, None], action[rest], pi[rest])
     return log
@@ -456,8 +459,8 @@ class Temperature(nn.Module):
 
 
 class Adam:
-    """Kingma & Ba's Adam of a module's parameters, as torch.optim.Adam, whose step the compiler and
-    a CUDA graph can't take whole. `lr` is a tensor, to be changed in place."""
+    """Kingma & Ba's Adam of a module's parameters, in place, as torch.optim.Adam, whose step the
+    compiler can't trace. `lr` and the number of steps, `t`, are tensors, for CUDA graphs."""
 
     def __init__(self, module: nn.Module, lr: float):
         self.parameters = list(module.parameters())
@@ -469,10 +472,11 @@ class Adam:
     def step(self, gradients: Sequence[Tensor]) -> None:
         self.t += 1
         if not torch.compiler.is_compiling():
+            gradients = [g.contiguous() for g in gradients]  # the kernel ignores strides
             torch._fused_adam_(
-                self.parameters, gradients, self.mean, self.square, [],
-                [self.t] * len(self.parameters), lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8,
-                weight_decay=0.0, amsgrad=False, maximize=False)
+                self.parameters, gradients, self.mean, self.square, [], [self.t] * len(gradients),
+                lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False,
+                maximize=False)
             return
         rate, scale = self.lr / (1 - 0.9**self.t), (1 - 0.999**self.t).sqrt()
         for p, g, m, v in zip(self.parameters, gradients, self.mean, self.square, strict=True):
@@ -1636,31 +1640,65 @@ def history(data: Data, interaction: Interaction, seed: int) -> dict[str, np.nda
     return dict(zip(ARRAYS, (*(x.cpu().numpy() for x in tensors), timeouts), strict=True))
 
 
+def build(args: argparse.Namespace, seeds: Sequence[int], state_dim: int, action_dim: int,
+          updates: float) -> tuple:
+    """The agent of all seeds, each seed's RankNet with its optimizer, and each seed's generator."""
+    networks, ranknets, device = [], [], torch.device(args.device)
+    for seed in seeds:
+        torch.manual_seed(seed)
+        with device:
+            networks.append(ALGORITHMS[args.algo].networks(state_dim, action_dim, args))
+            ranknets.append(RankNet(state_dim, action_dim))
+    agent = ALGORITHMS[args.algo](stack(networks), args, updates)
+    return (agent, [(ranknet, Adam(ranknet, args.lr)) for ranknet in ranknets],
+            [torch.Generator(device).manual_seed(seed) for seed in seeds])
+
+
+def make_advance(agent, data: Data, generators: list[torch.Generator],
+                 args: argparse.Namespace) -> Callable[[int], dict[str, Tensor]]:
+    """advance(step) samples batches and updates the agent: eager, compiled, or from CUDA graphs.
+
+    `step` counts modulo --policy-delay, so that there are few ways through an update.
+    """
+    torch.empty(8_000_000)  # freed at once: from now on, glibc keeps up to 64 MB of free memory
+    update = agent.update
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True
+        unchanged = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # no layer is ever replaced
+        update = torch.compile(update, fullgraph=True, options={"guard_filter_fn": unchanged})
+
+    def advance(step: int) -> dict[str, Tensor]:
+        batch = data.sample(generators, args.batch_size)
+        return update(batch, agent.draw(generators, args.batch_size), step)
+
+    return graphed(advance, generators) if args.cuda_graph else advance
+
+
 def graphed(advance: Callable[[int], dict], generators: list[torch.Generator]) -> Callable:
-    """`advance` replayed from CUDA graphs, one for each argument, which saves Python's time.
+    """`advance`, replayed from a CUDA graph for each argument: one launch instead of a hundred.
 
     An argument's first three calls run as they are, on a side stream, as capture asks for. Whatever
     `advance` reads must stay where it is in memory, and be changed in place.
     """
     graphs, losses, calls = {}, {}, collections.Counter()
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side = torch.cuda.Stream()
 
-    def replay(argument: int) -> dict[str, Tensor]:
-        calls[argument] += 1
-        if calls[argument] <= 3:
-            side.wait_stream(main)
+    def replay(step: int) -> dict[str, Tensor]:
+        calls[step] += 1
+        if calls[step] <= 3:
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                losses[argument] = advance(argument)
-            main.wait_stream(side)
-            return losses[argument]
-        if argument not in graphs:
-            graph = graphs[argument] = torch.cuda.CUDAGraph()
+                losses[step] = advance(step)
+            torch.cuda.current_stream().wait_stream(side)
+            return losses[step]
+        if step not in graphs:
+            graphs[step] = torch.cuda.CUDAGraph()
             for generator in generators:
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):  # records, and does not run
-                losses[argument] = advance(argument)
-        graphs[argument].replay()
-        return losses[argument]
+                graphs[step].register_generator_state(generator)
+            with torch.cuda.graph(graphs[step]):  # records, and does not run
+                losses[step] = advance(step)
+        graphs[step].replay()
+        return losses[step]
 
     return replay
 
@@ -1688,16 +1726,11 @@ def train(args: argparse.Namespace) -> list[list[dict[str, float]]]:
         raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
     data, units, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
     updates = args.steps + args.finetune_steps * scheme.finetune
-    networks, ranknets = [], []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        with device:
-            networks.append(ALGORITHMS[args.algo].networks(S, A, args))
-            ranknets.append(RankNet(S, A) if asks and args.ranknet else None)
-    agent = ALGORITHMS[args.algo](
-        stack(networks), args, math.inf if args.scheme == "o2o" else updates)
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    ranknet_opts = [Adam(ranknet, args.lr) if ranknet else None for ranknet in ranknets]
+    agent, ranknets, generators = build(
+        args, seeds, S, A, math.inf if args.scheme == "o2o" else updates)
+    if not (asks and args.ranknet):
+        ranknets = [(None, None)] * len(seeds)
+    advance = make_advance(agent, data, generators, args)
     queries = [QueryDataset(data.offline, A, device) for _ in seeds]
     black_boxes, interaction = [], None
     if asks or args.audit:
@@ -1714,14 +1747,6 @@ def train(args: argparse.Namespace) -> list[list[dict[str, float]]]:
     start, stop = (args.steps, updates) if ft else (0, args.steps)  # interactions are spent here
     rounds = range(args.steps if ft else args.interval, args.steps + 1, args.interval)
     random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
-    update = torch.compile(agent.update, fullgraph=True) if args.compile else agent.update
-
-    def advance(step: int) -> dict[str, Tensor]:
-        return update(data.sample(generators, args.batch_size),
-                      agent.draw(generators, args.batch_size), step)
-
-    if args.cuda_graph:
-        advance = graphed(advance, generators)
 
     for step in tqdm(range(1, updates + 1), disable=None, unit=" updates", smoothing=0.05):
         while interaction and interaction.steps < max(
@@ -1746,9 +1771,9 @@ def train(args: argparse.Namespace) -> list[list[dict[str, float]]]:
                 if count := min(owed, data.offline):
                     logs[k].row |= oap_round(
                         actor, *d, data.preferred[k], count, queries[k], black_boxes[k],
-                        ranknets[k], ranknet_opts[k], args.ranknet_epochs, generators[k])
+                        *ranknets[k], args.ranknet_epochs, generators[k])
                 if auditing:
-                    trained = ranknets[k] if len(queries[k].index) else None
+                    trained = ranknets[k][0] if len(queries[k].index) else None
                     logs[k].row |= audit(actor, *d, queries[k].asked, black_boxes[k], trained,
                                          todo[k] / f"audit-{step}.npz")
         with clock.measure("evaluation"):
@@ -1783,6 +1808,77 @@ def train(args: argparse.Namespace) -> list[list[dict[str, float]]]:
 def final_score(rows: list[dict[str, float]]) -> float:
     """The paper's number: the mean of the final 10 evaluations."""
     return float(np.mean([row["score"] for row in rows[-10:]]))
+
+
+# ---------------------------------------------------------------------------------------- benchmark
+
+
+def benchmark(argv: list[str]) -> None:
+    """Prints this machine's updates per second, and evaluation's and OAP's share of a run.
+
+    On random data of HalfCheetah's shapes, 1M rows, with the defaults and what `argv` changes.
+    """
+    N, S, A, start = 1_000_000, 17, 6, ["--env=halfcheetah-medium-v2", *argv]
+    device = parse_args(start).device
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def seconds(run: Callable, least: float = 3.0) -> float:
+        """Of a call of `run`, the mean over at least that long."""
+        synchronize()
+        calls, started = 0, time.time()
+        while calls == 0 or time.time() - started < least:
+            run()
+            synchronize()
+            calls += 1
+        return (time.time() - started) / calls
+
+    def updates(mode: str, algo: str, count: int) -> tuple:
+        flags = {"eager": ["--no-cuda-graph"], "CUDA graph": [], "compiled": ["--compile"]}[mode]
+        flags += ["--scheme=expert"] if algo == "sac" else [f"--algo={algo}"]
+        args = parse_args([*start, *flags, "--seeds", *map(str, range(count))])
+        agent, ranknets, generators = build(args, args.seeds, S, A, 1e6)
+        data = Data(N, 0, count, S, A, torch.device(device))
+        data.rows.normal_()
+        data.preferred = None if algo == "sac" else data.action.repeat(count, 1, 1)
+        advance, delay = make_advance(agent, data, generators, args), args.policy_delay
+        some = lambda: [advance(step % delay) for step in range(10 * delay)]  # noqa: E731
+        some()  # compiles, captures
+        return 10 * delay / seconds(some), args, agent, ranknets[0], generators[0], data
+
+    cuda = device.startswith("cuda")
+    modes = ("eager", "CUDA graph", "compiled") if cuda else ("eager",)
+    counts = (1, 5, 10) if cuda else (1, 5)
+    runs = [(m, a, c) for a in ("sac", "iql", "td3bc") for m in modes for c in counts]
+    runs += [("compiled", algo, 1) for algo in ("iql", "td3bc") if not cuda]
+    print(f"{device}, {torch.get_num_threads()} threads: updates per second\n\n"
+          f"{'':24}each seed   all seeds")
+    for mode, algo, count in runs:
+        rate, seeds = updates(mode, algo, count)[0], f"{count} seed{'s' * (count > 1)}"
+        print(f"{algo:6}{seeds:9}{mode:11}{rate:9,.1f}{rate * count:12,.1f}", flush=True)
+    rate, args, agent, (ranknet, optimizer), generator, data = updates(modes[-1], "td3bc", 1)
+    total = args.steps + args.finetune_steps
+    print(f"\nin seconds, and as a share of {total:,} updates by TD3+BC, one seed, {modes[-1]}:")
+    rounds = args.steps // args.interval
+    count = min(args.budget // rounds, N)
+    state, action, preferred = data.state, data.action, data.preferred[0]
+    units = Units(*(torch.full((n,), x, device=device)
+                    for n, x in ((S, 0.0), (S, 1.0), (A, -1.0), (A, 1.0))))
+    box = BlackBox(units, math.inf, q=lambda s, a: agent.critic(s, a).amin(-1))
+    policy, envs = unstack(agent.actor, 0, 1), make_envs(parse_task(args.env), args)
+    queries = QueryDataset(N, A, torch.device(device))
+
+    def one_round(epochs: int) -> None:
+        oap_round(policy, state, action, preferred, count, queries, box, ranknet, optimizer, epochs,
+                  generator)
+
+    evaluation = seconds(lambda: evaluate(
+        envs, raw_policy(policy, units), args.eval_episodes, range(1)), 0)
+    one, six = (seconds(lambda: one_round(epochs), 0) for epochs in (1, 6))  # noqa: B023
+    whole = one + (six - one) / 5 * (args.ranknet_epochs - 1)
+    for name, each, times in (("an evaluation", evaluation, total // args.eval_every),
+                              ("a round of OAP", whole, rounds)):
+        share = each * times / (each * times + total / rate)
+        print(f"{name:16}{each:9.2f}  x {times:4}  {share:6.1%}")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -1858,7 +1954,12 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        train(parse_args(argv)) if argv else demo()
+        if not argv:
+            demo()
+        elif "--benchmark" in argv:
+            benchmark([word for word in argv if word != "--benchmark"])
+        else:
+            train(parse_args(argv))
         return 0
     except KeyboardInterrupt:
         message = "interrupted; an unfinished run starts anew next time"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every task x scheme x algorithm x seed: one queue of runs for each GPU, or a single one on the CPU.
+# Every task x scheme x algorithm, all seeds together: one queue for each GPU, or one on the CPU.
 #
 #   SCHEMES=expert SEEDS=0 TASKS="hopper-medium-v2 pen-human-v1" bash run_all.sh   # black boxes first
 #   bash run_all.sh                                    # then the runs of the paper's Table 2
@@ -18,18 +18,16 @@ antmaze=$(echo antmaze-umaze{,-diverse}-v0 antmaze-{medium,large}-{play,diverse}
 read -ra tasks <<< "${TASKS:-$gym $antmaze pen-human-v1 pen-cloned-v1}"
 read -ra schemes <<< "${SCHEMES:-offline online online-mix o2o oap}"
 read -ra algos <<< "${ALGOS:-td3bc}"
-read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
 all_gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')
 gpus=${GPUS:-${CUDA_VISIBLE_DEVICES:-$all_gpus}}
 read -ra gpus <<< "${gpus//,/ }"
 [ ${#gpus[@]} -gt 0 ] || gpus=(none)
 
 runs=()
-for seed in "${seeds[@]}"; do for task in "${tasks[@]}"; do
-  for scheme in "${schemes[@]}"; do for algo in "${algos[@]}"; do
-    runs+=("--env $task --scheme $scheme --algo $algo --seed $seed")
-  done; done
-done; done
+for task in "${tasks[@]}"; do for scheme in "${schemes[@]}"; do for algo in "${algos[@]}"; do
+  [ "$scheme" = expert ] && learner="" || learner=" --algo $algo"  # black boxes are SAC's
+  runs+=("--env $task --scheme $scheme$learner --seeds ${SEEDS:-0 1 2 3 4}")
+done; done; done
 share=${SLURM_ARRAY_TASK_ID:-0} shares=${SLURM_ARRAY_TASK_COUNT:-1}
 
 failed=$(mktemp) && trap 'rm -f "$failed"' EXIT

@@ -1,18 +1,23 @@
 """Tests of oap.py: python -m pytest -q. They need neither a network nor a GPU."""
 
 import ast
+import contextlib
 import copy
+import functools
 import hashlib
 import http.server
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -73,7 +78,7 @@ def out(tmp_path_factory):
 
 def batch_of(rng, *seeds, size=64, dtype=torch.float32):
     """For states of 5 and actions of 3 dimensions; with a leading axis of seeds if it is given."""
-    normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=rng, dtype=dtype)  # noqa: E731
+    normal = functools.partial(torch.randn, *seeds, size, generator=rng, dtype=dtype)
     return oap.Batch(normal(5), normal(3).tanh(), normal(), normal(5), (normal() < 1).to(dtype),
                      normal(3).tanh())  # fmt: skip
 
@@ -260,7 +265,7 @@ def test_ranknet_learns_an_order():
     ranknet = oap.RankNet(2, 1)
     pairs, optimizer = (state, a, b, prefers), oap.Adam(ranknet, 1e-3)
     rng = torch.Generator().manual_seed(0)
-    first, last = (oap.train_ranknet(ranknet, optimizer, pairs, n, rng, 64) for n in (1, 20))
+    first, last = (oap.train_ranknet(ranknet, optimizer, pairs, n, rng, 64) for n in (7, 140))
     assert last < 0.25 < first
     assert (oap.pseudo_query(ranknet, state, a, b) == prefers).float().mean() > 0.93
     assert oap.pseudo_query(ranknet, state, a, a).all()  # a tie keeps the data's action
@@ -419,6 +424,273 @@ def test_no_update_leaves_gradients_in_other_networks():
     )
     assert all(p.grad is None for p in agent.critic.parameters())
     assert all(torch.equal(v, before[k]) for k, v in agent.critic.state_dict().items())
+
+
+# ------------------------------------------------------------------- several seeds, compiler, graph
+
+
+def test_dropout_keeps_what_it_should_and_every_seed_has_its_own_stream():
+    net = oap.MLP(3, 8, 6, 2, dropout=0.1)
+    rngs = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    keep = net.draw(rngs, 5, 1000)
+    assert keep.shape == (2, 5, 1000, 14) and abs(keep.float().mean() - 0.9) < 0.003
+    alone = net.draw([torch.Generator().manual_seed(2)], 5, 1000)[0]
+    assert torch.equal(keep[1], alone) and not torch.equal(keep[0], keep[1])
+    x, units = torch.randn(4, 3), [8, 6]
+    first, second = torch.ones(4, 14, dtype=bool).split(units, -1)
+    first[:, 0] = False
+    hidden = F.relu(net[0](x)) * first / 0.9
+    expected = net[2](F.relu(net[1](hidden)) * second / 0.9)
+    assert torch.allclose(net(x, keep=torch.cat([first, second], -1)), expected)
+    assert oap.MLP(3, 8, 2).draw(rngs, 5) is None
+
+
+def test_a_seed_sees_the_dataset_and_its_own_transitions_only():
+    data = oap.Data(3, 2, 2, 1, 1, torch.device("cpu"))
+    data.write(slice(3), *[torch.zeros(3, 1)] * 2, torch.zeros(3), torch.zeros(3, 1), torch.ones(3))
+    for t in (1.0, 2.0):
+        own = torch.tensor([t, -t])  # the second seed's are negative
+        data.append(own[:, None], own[:, None], own, own[:, None], torch.tensor([False, True]))
+        assert data.size == 3 + t
+    batch = data.sample([torch.Generator().manual_seed(seed) for seed in (0, 1)], 200)
+    assert batch.reward.shape == (2, 200) and batch.state.shape == (2, 200, 1)
+    assert set(batch.reward[0].tolist()) == {0, 1, 2}
+    assert set(batch.reward[1].tolist()) == {0, -1, -2}
+    assert torch.equal(batch.not_done[1], torch.zeros(200))
+    assert batch.preferred is batch.action
+
+
+def test_without_a_dataset_only_the_newest_transitions_are_sampled(monkeypatch):
+    monkeypatch.setattr(oap, "REPLAY", 2)
+    data = oap.Data(0, 4, 1, 1, 1, torch.device("cpu"))
+    for t in range(4):
+        one = torch.full((1, 1), float(t))
+        data.append(one, one, one[0], one, torch.tensor([False]))
+    assert set(data.sample([torch.Generator()], 100).reward[0].tolist()) == {2, 3}
+
+
+ALGORITHMS = ["td3bc", "iql", "sac"]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_stacked_seeds_learn_what_each_learns_alone(algo):
+    """In double precision, so that nothing but rounding of the 15th digit is between them."""
+    make = lambda seeds: make_agent(  # noqa: E731
+        algo, 20, *["--iql-dropout=0.1"] * (algo == "iql"), seeds=seeds, dtype=torch.float64)
+    together, alone, rng = make((3, 4)), [make((3,)), make((4,))], torch.Generator().manual_seed(0)
+    rngs = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    for step in range(1, 7):
+        batch, noise = batch_of(rng, 2, dtype=torch.float64), together.draw(rngs, 64)
+        noise = noise.double() if noise.dtype == torch.float32 else noise
+        losses = together.update(batch, noise, step)
+        for k, agent in enumerate(alone):
+            own = agent.update(oap.Batch(*(x[k : k + 1] for x in batch)), noise[k : k + 1], step)
+            assert all(losses[name][k] == pytest.approx(own[name].item()) for name in own)
+    for k, agent in enumerate(alone):
+        for name in ("actor", "critic", "critic_target"):
+            mine = oap.unstack(getattr(together, name), k, 2).state_dict()
+            for key, value in getattr(agent, name).state_dict().items():
+                assert torch.allclose(mine[key], value, rtol=0, atol=1e-12), (name, key)
+
+
+def small_training(algo, **changes):
+    """advance(step) on 500 random rows, and the agent."""
+    args = arguments(*(["--scheme=expert"] if algo == "sac" else [f"--algo={algo}"]))
+    vars(args).update(batch_size=32, iql_dropout=0.1, **changes)
+    agent, _, rngs = oap.build(args, (0, 1), 5, 3, 50)
+    data = oap.Data(500, 0, 2, 5, 3, torch.device("cpu"))
+    data.rows.normal_(generator=torch.Generator().manual_seed(0))
+    return oap.make_advance(agent, data, rngs, args), agent
+
+
+def same_parameters(one, other, tolerance):
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=tolerance), (p - q).abs().max()
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_compiled_update_equals_the_eager_one(algo):
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    (eager, agent), (compiled, other) = small_training(algo), small_training(algo, compile=True)
+    for step in range(8):
+        losses, others = eager(step % 2), compiled(step % 2)
+        for name in losses:
+            assert torch.allclose(losses[name], others[name], rtol=1e-4)
+    same_parameters(agent.actor, other.actor, 1e-4)  # 8 updates of at most 3e-4 each
+    same_parameters(agent.critic_target, other.critic_target, 1e-6)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_an_update_from_a_cuda_graph_equals_the_eager_one(algo, monkeypatch):
+    """As far as a CPU can tell: recording does not run, and a replay runs and fills its losses."""
+    (eager, agent), (plain, other) = small_training(algo), small_training(algo)
+    recording, counts = [], {"run": 0, "recorded": 0}
+
+    class Graph:
+        def __init__(self):
+            self.generators = []
+
+        def register_generator_state(self, generator):
+            self.generators.append(generator)
+
+        def replay(self):
+            assert len(self.generators) == 2
+            for name, loss in plain(self.step).items():
+                self.losses[name].copy_(loss)
+
+    @contextlib.contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.pop()
+
+    def advance(step):
+        counts["recorded" if recording else "run"] += 1
+        if not recording:
+            return plain(step)
+        graph = recording[-1]
+        names = ("critic_loss", "actor_loss", "value_loss")
+        graph.step, graph.losses = step, {name: torch.full((2,), math.nan) for name in names}
+        return graph.losses
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    replay = oap.graphed(advance, [torch.Generator(), torch.Generator()])
+    for step in range(14):
+        losses, others = eager(step % 2), replay(step % 2)
+        assert all(torch.equal(losses[name], others[name]) for name in losses)
+    assert counts == {"run": 6, "recorded": 2}
+    same_parameters(agent.actor, other.actor, 0)
+
+
+class PublishedReplay:
+    """A buffer of NumPy arrays, copied to tensors batch by batch, as in published code."""
+
+    def __init__(self, data):
+        columns = (data.state, data.action, data.reward, data.next_state, data.not_done)
+        self.arrays = [column.numpy().copy() for column in columns]
+
+    def sample(self):
+        index = np.random.randint(0, len(self.arrays[0]), 256)
+        return [torch.FloatTensor(array[index]) for array in self.arrays]
+
+
+def published_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def published_polyak(pairs):
+    for net, target in pairs:
+        for p, pt in zip(net.parameters(), target.parameters(), strict=True):
+            pt.data.copy_(0.005 * p.data + 0.995 * pt.data)
+
+
+def published_td3bc(data, state_dim, action_dim):
+    """TD3+BC as plainly as its authors': a module per network, Adam, a loop for Polyak averages."""
+    replay, x = PublishedReplay(data), state_dim + action_dim
+    actor, q1, q2 = (published_net(*io) for io in ((state_dim, action_dim), (x, 1), (x, 1)))
+    actor_t, q1_t, q2_t = map(copy.deepcopy, (actor, q1, q2))
+    actor_opt = torch.optim.Adam(actor.parameters(), 3e-4)
+    critic_opt = torch.optim.Adam([*q1.parameters(), *q2.parameters()], 3e-4)
+
+    def update(step):
+        s, a, r, s2, not_done = replay.sample()
+        with torch.no_grad():
+            noise = (torch.randn_like(a) * 0.2).clamp(-0.5, 0.5)
+            x2 = torch.cat([s2, (torch.tanh(actor_t(s2)) + noise).clamp(-1, 1)], 1)
+            y = r + 0.99 * not_done * torch.min(q1_t(x2), q2_t(x2))
+        x = torch.cat([s, a], 1)
+        published_step(critic_opt, F.mse_loss(q1(x), y) + F.mse_loss(q2(x), y))
+        if step % 2 == 0:
+            pi = torch.tanh(actor(s))
+            q = q1(torch.cat([s, pi], 1))
+            weight = 2.5 / q.abs().mean().detach()
+            published_step(actor_opt, -weight * q.mean() + F.mse_loss(pi, a))
+            published_polyak(((q1, q1_t), (q2, q2_t), (actor, actor_t)))
+
+    return update
+
+
+def published_iql(data, state_dim, action_dim):
+    """IQL likewise, in its authors' order."""
+    replay, x = PublishedReplay(data), state_dim + action_dim
+    mean, v, q1, q2 = (published_net(*io) for io in (
+        (state_dim, action_dim), (state_dim, 1), (x, 1), (x, 1)))  # fmt: skip
+    log_std, q1_t, q2_t = nn.Parameter(torch.zeros(action_dim)), *map(copy.deepcopy, (q1, q2))
+    actor_opt = torch.optim.Adam([*mean.parameters(), log_std], 3e-4)
+    v_opt = torch.optim.Adam(v.parameters(), 3e-4)
+    q_opt = torch.optim.Adam([*q1.parameters(), *q2.parameters()], 3e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_opt, 1_000_000)
+
+    def update(step):
+        s, a, r, s2, not_done = replay.sample()
+        x = torch.cat([s, a], 1)
+        with torch.no_grad():
+            q = torch.min(q1_t(x), q2_t(x))
+        u = q - v(s)
+        published_step(v_opt, (torch.abs(0.7 - (u < 0).float()) * u**2).mean())
+        with torch.no_grad():
+            weight = torch.exp(3 * (q - v(s))).clamp(max=100)
+        policy = torch.distributions.Normal(torch.tanh(mean(s)), log_std.clamp(-5, 2).exp())
+        published_step(actor_opt, -(weight * policy.log_prob(a).sum(1, keepdim=True)).mean())
+        schedule.step()
+        with torch.no_grad():
+            y = r + 0.99 * not_done * v(s2)
+        published_step(q_opt, F.mse_loss(q1(x), y) + F.mse_loss(q2(x), y))
+        published_polyak(((q1, q1_t), (q2, q2_t)))
+
+    return update
+
+
+@pytest.mark.skipif("OAP_SPEED" not in os.environ, reason="OAP_SPEED=1 compares speeds; minutes")
+@pytest.mark.parametrize("algo", ["td3bc", "iql"])
+def test_speed_against_plainly_written_published_algorithms(algo):
+    """OAP_SPEED=1 python -m pytest -q -s -k speed prints README's ratios."""
+    data = oap.Data(200_000, 0, 1, 17, 6, torch.device("cpu"))
+    data.rows.normal_(), data.action.tanh_()
+    updates = {"published": (published_td3bc if algo == "td3bc" else published_iql)(data, 17, 6)}
+    for name, count, changes in (("eager", 1, {}), ("compiled", 1, {"compile": True}),
+                                 ("five seeds", 5, {})):  # fmt: skip
+        args = arguments(f"--algo={algo}")
+        vars(args).update(changes)
+        agent, _, rngs = oap.build(args, range(count), 17, 6, 1e6)
+        own = oap.Data(200_000, 0, count, 17, 6, torch.device("cpu"))
+        own.rows.copy_(data.rows)
+        advance = oap.make_advance(agent, own, rngs, args)
+        updates[name] = lambda step, advance=advance: advance(step % 2)
+    rates = {name: [] for name in updates}
+    for round_ in range(31):
+        for name, update in updates.items():
+            started = time.perf_counter()
+            for step in range(20):
+                update(step)
+            rate = 20 * (5 if name == "five seeds" else 1) / (time.perf_counter() - started)
+            rates[name] += [rate] * (round_ > 0)
+    ratio = lambda a, b: np.median(np.divide(rates[a], rates[b]))  # noqa: E731
+    print(f"\n{algo}: eager {ratio('eager', 'published'):.2f} x published,"
+          f" compiled {ratio('compiled', 'published'):.2f} x published,"
+          f" five seeds {ratio('five seeds', 'eager'):.2f} x eager")  # fmt: skip
+    assert ratio("compiled", "published") > ratio("eager", "published") > 1
+    assert ratio("five seeds", "eager") > 1
+
+
+def test_benchmark(monkeypatch, capsys):
+    clock = itertools.count()
+    monkeypatch.setattr(oap.time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert oap.main(["--benchmark", "--batch-size=16", "--device=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:26].split() for line in lines if "seed" in line[:16]][1:3] == [
+        ["sac", "5", "seeds", "eager"], ["iql", "1", "seed", "eager"]]  # fmt: skip
+    assert lines[-2].startswith("an evaluation") and "220" in lines[-2]
+    assert lines[-1].startswith("a round of OAP") and lines[-1].endswith("%")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -975,6 +1247,29 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(out, algo):
     assert rows[0] == rows[1] != rows[2]
 
 
+@pytest.mark.parametrize("argv", [
+    ["--scheme=oap", "--algo=iql", "--iql-dropout=0.1"], ["--scheme=oap"], ["--scheme=o2o"],
+    ["--scheme=online"],
+])  # fmt: skip
+def test_a_seed_s_run_is_the_same_alone_and_in_company(out, argv):
+    algo = "iql" if "--algo=iql" in argv else "td3bc"
+    for tag, seeds in (("together", ["7", "8"]), ("alone", ["8"])):
+        assert run(f"--out={out}", f"--tag={tag}", *argv, "--seeds", *seeds) == 0
+    name = argv[0].removeprefix("--scheme=")
+    folder = Path(out, "Point-v0-medium")
+    together, alone = ([
+        oap.read_progress(folder / f"{algo}-{name}-{tag}" / seed / "progress.csv") for seed in seeds
+    ] for tag, seeds in (("together", "78"), ("alone", "8")))  # fmt: skip
+    assert together[0] != together[1]
+    measured = ("updates_per_second", "seconds", "evaluation_share", "oap_share")
+    for row, other in zip(together[1], alone[0], strict=True):
+        for key in set(row) - set(measured):
+            assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-3, nan_ok=True), key
+    # those that are there already are left alone
+    assert run(f"--out={out}", "--tag=alone", *argv, "--seeds", "7", "8") == 0
+    assert len(list(folder.glob(f"{algo}-{name}-alone/*/model.pt"))) == 2
+
+
 def test_offline_and_oap_step_no_training_environment(out, monkeypatch, tmp_path):
     counted = {"evaluating": False, "steps": 0}
     step, evaluate = Point.step, oap.evaluate
@@ -1030,7 +1325,7 @@ def test_every_flag_is_read():
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "a", "self.args")
     }
-    flags = {action.dest for action in oap.build_parser()._actions} - {"help"}
+    flags = {action.dest for action in oap.build_parser()._actions} - {"help", "benchmark"}
     assert flags <= read, flags - read
 
 
@@ -1062,6 +1357,8 @@ BAD = {
     "black box of other dimensions": ["--expert=wide.zip"],
     "folder is a file": ["--out=text.hdf5"],
     "no such device": ["--device=cuda:77"],
+    "graph without GPU": ["--cuda-graph", "--device=cpu"],
+    "a seed twice": ["--seeds", "1", "1"],
     "no such kind of device": ["--device=abacus"],
 }
 
@@ -1143,14 +1440,20 @@ def test_the_file_as_a_program(tmp_path):
 
 
 def test_run_all_loops_over_everything_and_knows_no_hyperparameters():
-    env = os.environ | {"DRY_RUN": "1", "TASKS": "a b", "SCHEMES": "offline oap", "ALGOS": "iql",
-                        "SEEDS": "0 1"}  # fmt: skip
+    env = os.environ | {"DRY_RUN": "1", "TASKS": "a b", "SCHEMES": "offline oap", "SEEDS": "0 1",
+                        "ALGOS": "iql td3bc"}  # fmt: skip
     script = ["bash", str(HERE / "run_all.sh")]
     lines = subprocess.run(script, env=env, capture_output=True, text=True).stdout.splitlines()
     assert len(lines) == 8 and len(set(lines)) == 8
-    assert all("oap.py --env" in line and "--algo iql" in line for line in lines)
+    assert all("oap.py --env" in line and "--seeds 0 1" in line for line in lines)
     env |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
     part = subprocess.run(script, env=env, capture_output=True, text=True).stdout.splitlines()
     assert part == lines[1::4]
+    expert = subprocess.run(
+        script, env=env | {"SCHEMES": "expert", "ALGOS": "td3bc", "SLURM_ARRAY_TASK_COUNT": "1",
+                           "SLURM_ARRAY_TASK_ID": "0"}, capture_output=True, text=True)  # fmt: skip
+    for line in expert.stdout.splitlines():
+        oap.parse_args(line.replace("--env a", "--env=Point-v0:medium").replace(
+            "--env b", "--env=Point-v0:medium").split()[2:])  # fmt: skip
     source = (HERE / "run_all.sh").read_text()
     assert not any(f"--{flag}" in source for flag in ("steps", "budget", "lr", "interval"))
