@@ -64,10 +64,12 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -167,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--compile", action="store_true", help="torch.compile for updates: faster after a minute")
     add("--cuda-graph", action=switch, help="for updates (default: with CUDA)")
+    add("--checkpoint-every", type=count, default=50_000, help="updates, and when it is stopped")
     add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
     add("--benchmark", action="store_true", help="measure this machine instead of a run")
     # the scheme
@@ -885,6 +888,7 @@ class Data:
             self.widths, 1)  # views
         self.preferred: Tensor | None = None  # (S, N, A) ã, where it is not always a
         self.offline = self.size = offline  # N
+        self.room = room
         self.first = torch.arange(seeds, device=device)[:, None] * room  # (S, 1) of own rows
         self.window = torch.tensor([0, offline], device=device)  # what is sampled, on the device
 
@@ -901,6 +905,11 @@ class Data:
         self.window[1] = self.size
         if not self.offline:
             self.window[0] = max(0, self.size - REPLAY)
+
+    def own(self) -> Tensor:
+        """The rows (S, n, ...) of all seeds' own transitions, a view."""
+        shape = (len(self.first), self.room, sum(self.widths))
+        return self.rows[self.offline :].view(shape)[:, : self.size - self.offline]
 
     def sample(self, generators: list[torch.Generator], batch_size: int) -> Batch:
         """A batch (S, B, ...) for every seed, uniform over what is its own and D."""
@@ -1425,7 +1434,10 @@ class Interaction:
     def __init__(self, envs: list, units: Units, data: Data, seeds: Sequence[int]):
         self.envs, self.units, self.data, self.steps = envs, units, data, 0
         self.timeouts: list[list[int]] = [[] for _ in envs]
-        states = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+        self.reset(seeds)
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        states = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
         self.state = np.stack(states)  # (S, state_dim), raw
 
     @torch.no_grad()
@@ -1455,26 +1467,21 @@ class Interaction:
 class Log:
     """A run's config.json, progress.csv with a row for each evaluation, and lines on the screen."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace, task: Task, behaviour: float, spec):
-        self.seed = int(folder.name)
-        self.folder, self.rows, self.row = folder, [], {}
-        self.zero, self.hundred = reference_returns(args, task)
-        protocol = {
-            "environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
-            "episodes": args.eval_episodes, "return_0": self.zero, "return_100": self.hundred,
-            "behaviour_score": self.score(behaviour)}
+    def __init__(self, folder: Path, zero: float, hundred: float):
+        self.folder, self.zero, self.hundred = folder, zero, hundred
+        self.rows: list[dict[str, float]] = []
+        self.row: dict[str, float] = {}
+
+    def begin(self, args: argparse.Namespace, protocol: dict) -> None:
+        """Clears what an earlier run left, and writes config.json."""
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")
         versions = {d.name: d.version for d in importlib.metadata.distributions()
                     if d.name in packages} | {"commit": commit()}
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / "model.pt", *folder.glob("audit-*.npz")):
-            old.unlink(missing_ok=True)
-        config = {"args": vars(args) | {"seeds": [self.seed]}, "protocol": protocol,
-                  "versions": versions}
-        write_text(folder / "config.json", json.dumps(finite(config), indent=2))
-        print(f"{folder}: " + ", ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in finite(protocol).items() if v is not None))
+        for name in ("model.pt", "checkpoint.pt", "progress.csv", "audit-*.npz"):
+            for old in self.folder.glob(name):
+                old.unlink()
+        config = {"args": vars(args), "protocol": protocol, "versions": versions}
+        write_text(self.folder / "config.json", json.dumps(finite(config), indent=2))
 
     def score(self, value: float) -> float:
         """D4RL's normalised score of a return."""
@@ -1486,23 +1493,30 @@ class Log:
 
         self.row |= {"step": step, "return": value, "score": self.score(value), **clock.row}
         self.rows.append(dict(self.row))
+        self.write_rows()
+        left = tqdm.format_interval(self.row["seconds"] / step * (updates - step))
+        known = finite(self.row)
+        shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-1] if known.get(k) is not None]
+        seed = f"seed {self.folder.name}"
+        tqdm.write("  ".join([seed, f"step {step:,}", f"left {left}", *shown]))
+
+
+    def write_rows(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(finite, self.rows))
         write_text(self.folder / "progress.csv", text.getvalue())
-        left = tqdm.format_interval(self.row["seconds"] / step * (updates - step))
-        known = finite(self.row)
-        shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-1] if known.get(k) is not None]
-        tqdm.write("  ".join([f"seed {self.seed}", f"step {step:,}", f"left {left}", *shown]))
 
 
 class Clock:
     """Where a run's time goes: updates since the last row, evaluation and OAP since the start."""
 
-    def __init__(self):
-        self.started = self.last = time.time()
-        self.shares, self.step, self.row = {"evaluation": 0.0, "oap": 0.0}, 0, {}
+    def __init__(self, step: int = 0, seconds: float = 0.0, evaluation: float = 0.0,
+                 oap: float = 0.0):
+        self.last = time.time()
+        self.started = self.last - seconds
+        self.shares, self.step, self.row = {"evaluation": evaluation, "oap": oap}, step, {}
         self.other = 0.0  # since the last row: what was no update
 
     @contextlib.contextmanager
@@ -1558,19 +1572,74 @@ def expert_folder(args: argparse.Namespace, task: Task) -> Path:
     return Path(args.out, re.sub(r"[^\w.-]", "-", task.robot), "sac-expert", "0")
 
 
-def finished(folder: Path, args: argparse.Namespace) -> bool:
-    """Whether this very run is there. Raises BadInput if another, with other arguments, is."""
-    if args.overwrite or not (folder / "model.pt").is_file():
-        return False
-    old, new = json.loads((folder / "config.json").read_text())["args"], finite(vars(args))
-    free = ["overwrite", "device", "out", "seeds", "compile", "cuda_graph"]
+def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
+    """Which of --seeds are left to train. Raises BadInput if another run is in their folders."""
+    if args.overwrite:
+        return args.seeds
+    left, begun = [], set()
+    free = ["overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every"]
     free += ["env"] * (args.scheme == "expert")
-    if differ := [k for k in new if k not in free and old.get(k) != new[k]]:
-        flag, was = differ[0].replace("_", "-"), old.get(differ[0])
-        raise BadInput(f"{folder} was finished with --{flag} {was}, not {new[differ[0]]}: use --tag"
-                       " for another folder, or --overwrite")
-    print(f"{folder} is finished")
-    return True
+    for seed in args.seeds:
+        folder = run_folder(args, task, seed)
+        if not (folder / "config.json").is_file():
+            left.append(seed)
+            continue
+        try:
+            old, new = json.loads((folder / "config.json").read_text())["args"], finite(vars(args))
+        except (ValueError, KeyError) as error:
+            raise BadInput(f"{folder}/config.json can't be read: --overwrite runs anew") from error
+        if differ := [k for k in new if k not in free and old.get(k) != new[k]]:
+            flag, was = differ[0].replace("_", "-"), old.get(differ[0])
+            raise BadInput(f"{folder} has a run with --{flag} {was}, not {new[differ[0]]}: use"
+                           " --tag for another folder, or --overwrite")
+        if (folder / "model.pt").is_file():
+            print(f"{folder} is finished")
+        else:
+            left.append(seed)
+            begun.add(tuple(old["seeds"]))
+    for together in begun:
+        if len(begun) > 1 or not set(left) <= set(together) <= set(args.seeds):
+            raise BadInput(f"{folder.parent} has a run begun with --seeds"
+                           f" {' '.join(map(str, together))}: continue that one, or --overwrite")
+        return list(together)  # all of them, also if it was stopped while it wrote its results
+    return left
+
+
+@contextlib.contextmanager
+def locked(folders: list[Path], wait: bool):
+    """Makes the folders, and keeps other processes that do the same out of them meanwhile."""
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise BadInput(f"another process trains in {folder}") from error
+        yield
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that Ctrl-C and SIGTERM append to, to be heeded between updates. Twice is at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    old = {number: signal.signal(number, handle)
+           for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
@@ -1583,9 +1652,10 @@ def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
     if task.quality and args.scheme != "expert" and needed and not there:
         print(f"{folder} has no black box and no data yet: first, SAC trains for"
               f" {args.expert_steps:,} steps (each line says how long is left)")
-        same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every")
+        same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every",
+                "checkpoint_every")
         train(parse_args(["--scheme=expert", f"--env={task.name}"] + [
-            f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]))
+            f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]), wait=True)
 
 
 def make_datasets(args: argparse.Namespace, folder: Path, envs: list, snapshots: list,
@@ -1633,11 +1703,11 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs: list, snapshots:
 
 def history(data: Data, interaction: Interaction, seed: int) -> dict[str, np.ndarray]:
     """D4RL's arrays of a seed's own transitions."""
-    units, first = interaction.units, data.offline + int(data.first[seed])
-    own = slice(first, first + interaction.steps)
+    units, rows = interaction.units, data.own()[seed].split(data.widths, 1)
+    state, action, reward, _, not_done = rows
     timeouts = np.isin(np.arange(interaction.steps), interaction.timeouts[seed])
-    tensors = (units.raw_state(data.state[own]), units.raw_action(data.action[own]),
-               data.reward[own, 0] - units.reward_shift, data.not_done[own, 0] == 0)
+    tensors = (units.raw_state(state), units.raw_action(action), reward[:, 0] - units.reward_shift,
+               not_done[:, 0] == 0)
     return dict(zip(ARRAYS, (*(x.cpu().numpy() for x in tensors), timeouts), strict=True))
 
 
@@ -1704,105 +1774,224 @@ def graphed(advance: Callable[[int], dict], generators: list[torch.Generator]) -
     return replay
 
 
-def train(args: argparse.Namespace) -> list[list[dict[str, float]]]:
-    """A run of one scheme for each seed: Algorithm 1 with `--scheme oap`.
+class Run:
+    """All that a run of one or several seeds needs, and all of it that changes: its checkpoint.
 
-    Returns the rows of each seed's progress.csv. Raises BadInput, before anything is written, if
-    arguments, files and environment don't fit, and if losses diverge.
+    Raises BadInput if arguments, files and environment don't fit. Writes nothing.
     """
+
+    def __init__(self, args: argparse.Namespace, task: Task, seeds: list[int]):
+        self.args, self.task, self.seeds, scheme = args, task, seeds, SCHEMES[args.scheme]
+        args.seeds, asks = seeds, scheme.spends == "queries"
+        self.envs = make_envs(task, args)
+        spec, box = self.envs[0].spec, self.envs[0].action_space
+        S, A = self.envs[0].observation_space.shape[0], box.shape[0]
+        prepare_local_task(args, task)
+        expert = args.expert or str(expert_folder(args, task) / "model.pt")
+        if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
+            raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
+        self.data, self.units, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
+        self.checksum = self.data.rows.sum(dtype=torch.float64).item()
+        self.updates = args.steps + args.finetune_steps * scheme.finetune
+        self.agent, self.ranknets, self.generators = build(
+            args, seeds, S, A, math.inf if args.scheme == "o2o" else self.updates)
+        if not (asks and args.ranknet):
+            self.ranknets = [(None, None)] * len(seeds)
+        self.queries = [QueryDataset(self.data.offline, A, self.data.rows.device) for _ in seeds]
+        self.black_boxes, self.interaction = [], None
+        if asks or args.audit:
+            self.black_boxes = [
+                load_black_box(expert, self.units, args.budget if asks else 0) for _ in seeds]
+        if scheme.spends == "interactions":
+            own = [make_env(task.name, args.physics) for _ in seeds]
+            self.interaction = Interaction(own, self.units, self.data, seeds)
+        zero, hundred = reference_returns(args, task)
+        self.logs = [Log(run_folder(args, task, seed), zero, hundred) for seed in seeds]
+        self.protocol = finite({
+            "environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
+            "episodes": args.eval_episodes, "return_0": zero, "return_100": hundred,
+            "behaviour_score": self.logs[0].score(behaviour)})
+        self.step, self.losses, self.clock = 0, {}, Clock()
+        self.snapshots: list[list[tuple]] = [[] for _ in seeds]  # make_datasets'
+        self.checkpoint = self.logs[0].folder / "checkpoint.pt"  # of all seeds
+
+    def tensors(self) -> list[Tensor]:
+        """What changes in place."""
+        parts = [*vars(self.agent).values(), *itertools.chain.from_iterable(self.ranknets)]
+        preferred = [] if self.data.preferred is None else [self.data.preferred]
+        return [self.data.window, *preferred] + [
+            tensor for part in parts for tensor in (
+                part.parameters() if isinstance(part, nn.Module) else
+                (*part.mean, *part.square, part.t, part.lr) if isinstance(part, Adam) else ())]
+
+    def save(self) -> None:
+        state = {
+            "version": 1, "step": self.step, "checksum": self.checksum, "losses": self.losses,
+            "tensors": self.tensors(), "generators": [g.get_state() for g in self.generators],
+            "queries": [vars(queries) for queries in self.queries],
+            "asked": [(box.asked, box.audited) for box in self.black_boxes],
+            "own": self.data.own().clone(), "snapshots": self.snapshots,
+            "timeouts": self.interaction.timeouts if self.interaction else [],
+            "rows": [log.rows for log in self.logs], "row": [log.row for log in self.logs],
+            "clock": (self.clock.step, time.time() - self.clock.started,
+                      *self.clock.shares.values())}
+        write_atomic(self.checkpoint, lambda part: torch.save(state, part))
+
+    def load(self) -> None:
+        """Continues from the checkpoint. Raises BadInput if it does not fit."""
+        anew = "--overwrite runs anew"
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            version, shapes = state["version"], [x.shape for x in state["tensors"]]
+        except Exception as error:  # noqa: BLE001 whatever a broken file makes torch raise
+            raise BadInput(f"{self.checkpoint} can't be read; {anew}") from error
+        if version != 1 or shapes != [x.shape for x in self.tensors()]:
+            raise BadInput(f"{self.checkpoint} is another version's; {anew}")
+        if state["checksum"] != self.checksum:
+            raise BadInput(f"{self.checkpoint} was made with another dataset; {anew}")
+        with torch.no_grad():
+            for tensor, saved in zip(self.tensors(), state["tensors"], strict=True):
+                tensor.copy_(saved)
+        device = self.data.rows.device
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved)
+        for queries, saved in zip(self.queries, state["queries"], strict=True):
+            vars(queries).update({name: tensor.to(device) for name, tensor in saved.items()})
+        for box, (asked, audited) in zip(self.black_boxes, state["asked"], strict=True):
+            box.asked, box.audited = asked, audited
+        for log, rows, row in zip(self.logs, state["rows"], state["row"], strict=True):
+            log.rows, log.row = rows, row
+            log.write_rows()
+        self.step, self.snapshots = state["step"], state["snapshots"]
+        self.losses = {name: loss.to(device) for name, loss in state["losses"].items()}
+        self.clock = Clock(*state["clock"])
+        self.data.size += state["own"].shape[1]
+        self.data.own().copy_(state["own"])
+        note = ""
+        if self.interaction:
+            self.interaction.steps = state["own"].shape[1]
+            self.interaction.timeouts = state["timeouts"]
+            self.interaction.reset([evaluation_seed(seed, self.step) for seed in self.seeds])
+            note = " with new episodes, so it is not quite the same as an uninterrupted run"
+        print(f"{self.checkpoint.parent}: continues after update {self.step:,}{note}")
+
+
+def evaluation_seed(seed: int, step: int) -> int:
+    """For environments; of a run's seed and update, and unlike any other."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
+def learn(run: Run, stop: list) -> None:
+    """Algorithm 1 with `--scheme oap`; until the end, or until there is something in `stop`."""
     from tqdm import tqdm
 
-    task, scheme, device = parse_task(args.env), SCHEMES[args.scheme], torch.device(args.device)
-    asks, folders = scheme.spends == "queries", [run_folder(args, task, s) for s in args.seeds]
-    todo = [folder for folder in folders if not finished(folder, args)]
-    args.seeds = seeds = [int(folder.name) for folder in todo]
-    if not seeds:
-        return [read_progress(folder / "progress.csv") for folder in folders]
-    envs = make_envs(task, args)
-    spec, box = envs[0].spec, envs[0].action_space
-    S, A, K = envs[0].observation_space.shape[0], box.shape[0], range(len(seeds))
-    prepare_local_task(args, task)
-    expert = args.expert or str(expert_folder(args, task) / "model.pt")
-    if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
-        raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
-    data, units, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
-    updates = args.steps + args.finetune_steps * scheme.finetune
-    agent, ranknets, generators = build(
-        args, seeds, S, A, math.inf if args.scheme == "o2o" else updates)
-    if not (asks and args.ranknet):
-        ranknets = [(None, None)] * len(seeds)
-    advance = make_advance(agent, data, generators, args)
-    queries = [QueryDataset(data.offline, A, device) for _ in seeds]
-    black_boxes, interaction = [], None
-    if asks or args.audit:
-        black_boxes = [load_black_box(expert, units, args.budget if asks else 0) for _ in seeds]
-    if scheme.spends == "interactions":
-        interaction = Interaction(
-            [make_env(task.name, args.physics) for _ in seeds], units, data, seeds)
-    logs = [Log(folder, args, task, behaviour, spec) for folder in todo]
-    losses, snapshots, clock = {}, [[] for _ in seeds], Clock()
-    policy = raw_policy(
-        lambda state: agent.actor(state.unflatten(0, (len(seeds), -1))).flatten(0, 1), units)
+    args, scheme, data, agent, clock = (
+        run.args, SCHEMES[run.args.scheme], run.data, run.agent, run.clock)
+    asks, ft, K = scheme.spends == "queries", args.timing == "ft", len(run.seeds)
+    policy = raw_policy(lambda s: agent.actor(s.unflatten(0, (K, -1))).flatten(0, 1), run.units)
     d = (data.state[: data.offline], data.action[: data.offline])  # (N, S), (N, A)
-    ft = args.timing == "ft"
-    start, stop = (args.steps, updates) if ft else (0, args.steps)  # interactions are spent here
+    start, end = (args.steps, run.updates) if ft else (0, args.steps)  # interactions: spent here
     rounds = range(args.steps if ft else args.interval, args.steps + 1, args.interval)
     random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
+    advance = make_advance(agent, data, run.generators, args)
 
-    for step in tqdm(range(1, updates + 1), disable=None, unit=" updates", smoothing=0.05):
-        while interaction and interaction.steps < max(
-                due(step, args.budget, start, stop), random_steps):
-            warm = interaction.steps >= random_steps
-            interaction.step(agent.explore if warm else None, generators)
-        losses |= advance(step % args.policy_delay)
+    for step in tqdm(range(run.step + 1, run.updates + 1), initial=run.step, total=run.updates,
+                     disable=None, unit=" updates", smoothing=0.05):
+        while run.interaction and run.interaction.steps < max(
+                due(step, args.budget, start, end), random_steps):
+            warm = run.interaction.steps >= random_steps
+            run.interaction.step(agent.explore if warm else None, run.generators)
+        run.losses |= advance(step % args.policy_delay)
+        run.step, last = step, step == run.updates
 
-        last, asking = step == updates, asks and step in rounds
+        asking = asks and step in rounds
         auditing = args.audit and (asking or step % args.interval == 0 or last)
-        if not (asking or auditing or step % args.eval_every == 0 or last):
+        evaluating = asking or auditing or step % args.eval_every == 0 or last
+        saving = step % args.checkpoint_every == 0 or last or stop
+        if not (evaluating or saving):
             continue
-        for k, log in enumerate(logs):
-            log.row |= {name: loss[k].item() for name, loss in losses.items()}
-            if not all(math.isfinite(log.row[name]) for name in losses):
-                raise BadInput(f"diverged at update {step:,}: {log.row}; {log.folder} has what came"
-                               " before")
+        for k, log in enumerate(run.logs):
+            values = {name: loss[k].item() for name, loss in run.losses.items()}
+            log.row |= values if evaluating else {}
+            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                raise BadInput(
+                    f"{log.folder} diverged: {bad[0]} is {values[bad[0]]} at update {step:,}; " + (
+                        f"{run.checkpoint} is from before" if run.checkpoint.is_file() else
+                        "there is no checkpoint yet"))
         with clock.measure("oap"):
-            for k in K if asking or auditing else ():
-                actor = unstack(agent.actor, k, len(seeds))
-                owed = due(step, args.budget, 0, args.steps) - black_boxes[k].asked if asking else 0
+            for k in range(K) if asking or auditing else ():
+                actor, box, row = unstack(agent.actor, k, K), run.black_boxes[k], run.logs[k].row
+                owed = due(step, args.budget, 0, args.steps) - box.asked if asking else 0
                 if count := min(owed, data.offline):
-                    logs[k].row |= oap_round(
-                        actor, *d, data.preferred[k], count, queries[k], black_boxes[k],
-                        *ranknets[k], args.ranknet_epochs, generators[k])
+                    row |= oap_round(actor, *d, data.preferred[k], count, run.queries[k], box,
+                                     *run.ranknets[k], args.ranknet_epochs, run.generators[k])
                 if auditing:
-                    trained = ranknets[k][0] if len(queries[k].index) else None
-                    logs[k].row |= audit(actor, *d, queries[k].asked, black_boxes[k], trained,
-                                         todo[k] / f"audit-{step}.npz")
-        with clock.measure("evaluation"):
-            first = [int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-                     for seed in seeds]
-            returns = evaluate(envs, policy, args.eval_episodes, first).mean(1)  # (S,)
-        clock.tick(step)
-        for k, log in enumerate(logs):
-            log.row |= {"interactions": interaction.steps} if interaction else {}
-            log.row |= {"queries": black_boxes[k].asked, "audited": black_boxes[k].audited} if (
-                black_boxes) else {}
-            log.write(step, updates, float(returns[k]), clock)
-            if args.scheme == "expert" and (
-                    last or not snapshots[k] or returns[k] > snapshots[k][-1][0]):
-                actor = unstack(agent.actor, k, len(seeds))
-                snapshots[k].append((returns[k], data.size, actor))
-    for k, log in enumerate(logs):
-        if args.scheme == "expert" and task.quality:
-            own = envs[: len(envs) // len(seeds)]
-            make_datasets(args, log.folder, own, snapshots[k], units, history(data, interaction, k))
-        saved = {"algo": args.algo, "env": args.env, "units": list(units)} | {
-            name: unstack(net, k, len(seeds)).state_dict()
-            for name, net in (("actor", agent.actor), ("critic", agent.critic))}
-        # Written last: it marks the end.
+                    trained = run.ranknets[k][0] if len(run.queries[k].index) else None
+                    row |= audit(actor, *d, run.queries[k].asked, box, trained,
+                                 run.logs[k].folder / f"audit-{step}.npz")
+                row |= {"audited": box.audited} if args.audit else {}
+        if evaluating:
+            with clock.measure("evaluation"):
+                seeds = [evaluation_seed(seed, step) for seed in run.seeds]
+                returns = evaluate(run.envs, policy, args.eval_episodes, seeds).mean(1)  # (S,)
+            clock.tick(step)
+            for k, log in enumerate(run.logs):
+                log.row |= {"interactions": run.interaction.steps} if run.interaction else {}
+                log.row |= {"queries": run.black_boxes[k].asked} if run.black_boxes else {}
+                log.write(step, run.updates, float(returns[k]), clock)
+                best = run.snapshots[k][-1][0] if run.snapshots[k] else -math.inf
+                if args.scheme == "expert" and (last or returns[k] > best):
+                    weights = unstack(agent.actor, k, K).state_dict()
+                    run.snapshots[k].append((float(returns[k]), data.size, weights))
+        if saving:
+            run.save()
+        if stop and not last:
+            raise KeyboardInterrupt(f"stopped after update {step:,}; the same command continues")
+
+
+def finish(run: Run) -> None:
+    """Writes the datasets of a local task's expert, and model.pt, which marks a finished run."""
+    args, K = run.args, len(run.seeds)
+    for k, log in enumerate(run.logs):
+        if args.scheme == "expert" and run.task.quality:
+            actors = []
+            for value, samples, weights in run.snapshots[k]:
+                actors.append((value, samples, unstack(run.agent.actor, k, K)))
+                actors[-1][2].load_state_dict(weights)
+            make_datasets(args, log.folder, run.envs[: len(run.envs) // K], actors, run.units,
+                          history(run.data, run.interaction, k))
+        saved = {"algo": args.algo, "env": args.env, "units": list(run.units)} | {
+            name: unstack(net, k, K).state_dict()
+            for name, net in (("actor", run.agent.actor), ("critic", run.agent.critic))}
         write_atomic(log.folder / "model.pt", lambda part: torch.save(saved, part))  # noqa: B023
         if math.isfinite(log.zero):
             print(f"{log.folder}: score {final_score(log.rows):.1f}, the mean of the last 10"
                   " evaluations")
+    run.checkpoint.unlink(missing_ok=True)
+
+
+def train(args: argparse.Namespace, wait: bool = False) -> list[list[dict[str, float]]]:
+    """Trains those of --seeds that are not finished. Returns the rows of each progress.csv.
+
+    Raises BadInput, before anything is written, if arguments, files and environment don't fit, if
+    another process does the same, unless it is to `wait` for it, and if losses diverge.
+    """
+    task = parse_task(args.env)
+    folders = [run_folder(args, task, seed) for seed in args.seeds]
+    if seeds := unfinished(args, task):
+        run = Run(args, task, seeds)
+        with locked([log.folder for log in run.logs], wait), stop_signals() as stop:
+            if unfinished(args, task) == seeds:  # and no other process was faster
+                if run.checkpoint.is_file() and not args.overwrite:
+                    run.load()
+                else:
+                    for log in run.logs:
+                        log.begin(args, run.protocol)
+                    print(f"{run.checkpoint.parent}: " + ", ".join(
+                        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in run.protocol.items() if v is not None))
+                learn(run, stop)
+                finish(run)
     return [read_progress(folder / "progress.csv") for folder in folders]
 
 
@@ -1962,8 +2151,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(parse_args(argv))
         return 0
-    except KeyboardInterrupt:
-        message = "interrupted; an unfinished run starts anew next time"
+    except KeyboardInterrupt as error:
+        message = str(error) or "interrupted; the same command continues from its last checkpoint"
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     print(f"oap.py: {message}", file=sys.stderr)

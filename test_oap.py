@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -1308,7 +1309,7 @@ def test_neither_evaluations_nor_audits_feed_learning(out, algo):
 def test_a_finished_run_is_not_mistaken_for_another(out, capsys):
     assert run(f"--out={out}", "--tag=twice") == run(f"--out={out}", "--tag=twice") == 0
     assert run(f"--out={out}", "--tag=twice", "--lr=1e-4") == 2
-    assert "finished with --lr 0.0003, not 0.0001" in capsys.readouterr().err
+    assert "has a run with --lr 0.0003, not 0.0001" in capsys.readouterr().err
     assert run(f"--out={out}", "--tag=twice", "--lr=1e-4", "--overwrite") == 0
 
 
@@ -1394,7 +1395,7 @@ def test_bad_input_is_one_line_and_exit_code_2(out, bad_files, argv, capsys, mon
 
 def test_a_diverged_run_stops_with_one_line(out, capsys):
     assert run("--lr=1e11", f"--out={out}", "--tag=diverged", "--scheme=offline") == 2
-    assert "diverged at update" in capsys.readouterr().err
+    assert "critic_loss is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error, message", [
@@ -1415,6 +1416,147 @@ def test_an_interrupted_run_is_unfinished_and_says_so_in_one_line(
     folder = Path(out, f"Point-v0-medium/td3bc-offline-{type(error).__name__}/0")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "progress.csv"]
     assert run(*argv) == 0 and (folder / "model.pt").is_file()
+
+
+class Kill(BaseException):
+    """Like SIGKILL, it is caught nowhere."""
+
+
+def without_times(folder):
+    """progress.csv's lines but for their last four columns, and model.pt's parameters."""
+    lines = (folder / "progress.csv").read_text().splitlines()
+    assert lines[0].endswith(",updates_per_second,evaluation_share,oap_share,seconds")
+    model = torch.load(folder / "model.pt", weights_only=True)
+    return [line.rsplit(",", 4)[0] for line in lines], {
+        f"{net}.{k}": v for net in ("actor", "critic") for k, v in model[net].items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", [
+    ["--scheme=oap"], ["--scheme=oap", "--algo=iql", "--iql-dropout=0.1", "--audit"],
+    ["--scheme=offline"], ["--scheme=oap", "--timing=ft", "--seeds", "3", "4"],
+])  # fmt: skip
+def test_a_killed_run_continues_to_the_bit(out, monkeypatch, argv, capsys):
+    seeds, unique = ("3", "4") if "--seeds" in argv else ("0",), len("".join(argv))
+    assert run(*argv, f"--out={out}", f"--tag={unique}-whole") == 0
+    calls, sample = itertools.count(1), oap.Data.sample
+
+    def mortal(*args):
+        if next(calls) in (3, 25, 35, 45):  # before the first checkpoint, and between others
+            raise Kill
+        return sample(*args)
+
+    monkeypatch.setattr(oap.Data, "sample", mortal)
+    again = [*argv, f"--out={out}", f"--tag={unique}-killed", "--checkpoint-every=7"]
+    for _ in range(4):
+        with pytest.raises(Kill):
+            run(*again)
+    assert run(*again) == 0 and "continues after update" in capsys.readouterr().out
+    (whole,) = Path(out, "Point-v0-medium").glob(f"*-{unique}-whole")
+    for seed in seeds:
+        killed = whole.with_name(whole.name.replace("whole", "killed")) / seed
+        lines, model = without_times(whole / seed)
+        lines_, model_ = without_times(killed)
+        assert lines == lines_ and all(torch.equal(v, model_[k]) for k, v in model.items())
+        assert not (killed / "checkpoint.pt").exists()
+        assert {p.name for p in killed.iterdir()} == {p.name for p in (whole / seed).iterdir()}
+
+
+@pytest.mark.parametrize("scheme", ["o2o", "online", "expert"])
+def test_a_stopped_interaction_continues(out, monkeypatch, scheme, capsys, tmp_path):
+    calls, sample = itertools.count(1), oap.Data.sample
+
+    def stopping(*args):
+        if next(calls) == 45 if scheme != "online" else next(calls) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*args)
+
+    monkeypatch.setattr(oap.Data, "sample", stopping)
+    argv = ["--env=Point-v0:medium", f"--scheme={scheme}", "--tag=stopped", f"--out={tmp_path}"]
+    if scheme == "expert":
+        argv += ["--expert-steps=900", "--random-steps=300", "--dataset-size=500",
+                 "--eval-every=100"]  # fmt: skip
+    else:
+        argv += [*SMALL, f"--dataset={out}/Point-v0/sac-expert/0/medium.hdf5"]
+        shutil.copytree(f"{out}/Point-v0/sac-expert/0", tmp_path / "Point-v0/sac-expert/0")
+    assert oap.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "stopped after update" in error and error.count("\n") == 1
+    assert oap.main(argv) == 0
+    assert "with new episodes" in capsys.readouterr().out
+    (progress,) = tmp_path.glob("*/*-stopped/0/progress.csv")
+    steps = 900 if scheme == "expert" else 30
+    assert oap.read_progress(progress)[-1]["interactions"] == steps
+    if scheme == "expert":
+        with h5py.File(progress.with_name("medium-replay.hdf5")) as file:
+            assert len(file["actions"]) > 0 and np.isfinite(file["observations"][()]).all()
+
+
+def test_checkpoints_that_do_not_fit_are_refused_and_kept(out, monkeypatch, capsys, tmp_path):
+    sample, calls = oap.Data.sample, itertools.count(1)
+
+    def mortal(*args):
+        if next(calls) == 15:
+            raise Kill
+        return sample(*args)
+
+    dataset = tmp_path / "d.hdf5"
+    shutil.copy(Path(out, "Point-v0/sac-expert/0/medium.hdf5"), dataset)
+    argv = [f"--out={out}", "--tag=kept", "--checkpoint-every=10", "--scheme=offline",
+            f"--dataset={dataset}", "--seeds", "1", "2"]  # fmt: skip
+    with monkeypatch.context() as patched, pytest.raises(Kill):
+        patched.setattr(oap.Data, "sample", mortal)
+        run(*argv)
+    path = Path(out, "Point-v0-medium/td3bc-offline-kept/1/checkpoint.pt")
+    good = path.read_bytes()
+
+    def refused(*extra):
+        assert run(*argv, *extra) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and path.read_bytes() == content
+        return error
+
+    for content in (good[: len(good) // 2], b"text", b""):
+        path.write_bytes(content)
+        assert "can't be read" in refused()
+    state = torch.load(io.BytesIO(good))
+    torch.save(state | {"version": 0}, path)
+    content = path.read_bytes()
+    assert "another version's" in refused()
+    path.write_bytes(content := good)
+    assert "--lr 0.0003, not 0.001" in refused("--lr=1e-3")
+    assert "begun with --seeds 1 2" in refused("--seeds", "1")
+    with h5py.File(dataset, "r+") as file:
+        file["rewards"][3] = 7
+    assert "another dataset" in refused()
+    assert run(*argv, "--overwrite") == 0 and not path.exists()
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(out, monkeypatch, capsys):
+    save, calls = torch.save, itertools.count(1)
+
+    def full(state, part):
+        if next(calls) == 3:
+            Path(part).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, part)
+
+    argv = [f"--out={out}", "--tag=full", "--checkpoint-every=10", "--scheme=offline"]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        assert run(*argv) == 2
+    assert "No space left" in capsys.readouterr().err
+    folder = Path(out, "Point-v0-medium/td3bc-offline-full/0")
+    assert torch.load(folder / "checkpoint.pt")["step"] == 20 and not list(folder.glob("*.part"))
+    assert run(*argv) == 0
+
+
+def test_a_folder_is_trained_in_by_one_process(out, capsys):
+    folder = Path(out, "Point-v0-medium/td3bc-offline-locked/0")
+    argv = [f"--out={out}", "--tag=locked", "--scheme=offline"]
+    with oap.locked([folder], wait=False):
+        assert run(*argv) == 2
+        assert "another process trains in" in capsys.readouterr().err
+    assert not list(folder.iterdir()) and run(*argv) == 0
 
 
 def test_the_file_as_a_program(tmp_path):
