@@ -10,9 +10,9 @@ OAP improves an offline policy without touching the environment. Now and then it
 which of two actions is better in a state of the dataset: the recorded one or the policy's own.
 
     Algorithm 1                                                   here
-    let ã_i = a_i; for t = 1 .. N_train:                          Data.append, train
+    let ã_i = a_i; for t = 1 .. N_train:                          load_data, learn
         update the policy by Eq. 6                                TD3BC.update, IQL.update
-        if t mod M_inter = 0:                                     train, then oap_round:
+        if t mod M_inter = 0:                                     learn, then oap_round:
             select K·M_inter/N_train samples by divergence        due, divergence, select_queries
             ask the black box (Eq. 2), add the answers to D_q     BlackBox, QueryDataset
             train RankNet on D_q (Eq. 3)                          train_ranknet, ranknet_loss
@@ -27,13 +27,14 @@ What the paper leaves open, and what is done here:
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã is frozen between rounds: the policy's action as it was when it was preferred. Asked samples
     keep the black box's answer; in every round RankNet answers anew for all the others.
- 5. RankNet goes on training from round to round, with Adam at 3e-4 in batches of 256 of all of D_q:
+ 5. RankNet goes on training from round to round, with Adam at --lr in batches of 256 of all of D_q:
     as many as Table 5's 100 epochs have over the round's own answers (Algorithm 1: "until
     convergence"). 100 epochs over all of D_q take 5.5 times as long and end in the same labels
     (README). It sees states as the policy does, and is not trained when none is left to answer.
  6. IQL, for which Eq. 6 is not printed: ã replaces a in the advantage-weighted regression, in the
     weight and in the likelihood. V and Q learn from the data's action, which has the reward.
- 7. λ in Table 5 is TD3+BC's alpha: Eq. 6's λ is alpha / mean|Q|.
+ 7. λ in Table 5 is TD3+BC's alpha: Eq. 6's λ is alpha / mean|Q|. Its (π(s) - ã)² is the mean over
+    dimensions, as in TD3+BC. Eq. 7 is logged over the asked samples, which costs no query.
  8. OAP's last 100k updates ask nothing. IQL's cosine decay of the actor's rate spans all updates,
     but o2o has none: its online phase, at the end, would hardly learn. Networks start as PyTorch's.
  9. Interactions are spread evenly. "interval" for o2o means: over its first phase. Batches are
@@ -49,7 +50,6 @@ What the paper leaves open, and what is done here:
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import csv
@@ -280,14 +280,14 @@ def ranknet_loss(ranknet: nn.Module, state: Tensor, action: Tensor, policy_actio
     return F.binary_cross_entropy_with_logits(o, prefers_data.to(o.dtype))
 
 
-def train_ranknet(ranknet: RankNet, optimizer: "Adam", pairs: tuple[Tensor, ...], steps: int,
+def train_ranknet(ranknet: RankNet, optimizer: "Adam", pairs: tuple[Tensor, ...], samples: int,
                   generator: torch.Generator, batch_size: int = 256) -> float:
     """Descends Eq. 3 on D_q = (state, action, policy_action, prefers_data) of M rows each.
 
-    Batches run through D_q in one random order after the other. Returns the mean loss of the last
-    M / batch_size steps, in nats: log 2 is what guessing costs.
+    Batches with that many samples run through D_q in one random order after the other. Returns the
+    mean loss of the last M samples, in nats: log 2 is what guessing costs.
     """
-    losses: list[Tensor] = []
+    losses, steps = [], math.ceil(samples / batch_size)
     while len(losses) < steps:
         order = torch.randperm(len(pairs[0]), generator=generator, device=generator.device)
         for index in order.split(batch_size)[: steps - len(losses)]:
@@ -347,10 +347,9 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
     if ranknet is not None and len(rest):
         i = queries.index
         pairs = (state[i], action[i], queries.policy_action, queries.prefers_data)
-        steps = math.ceil(epochs * count / 256)
-        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, steps, generator)
-        keep = in_chunks(lambda i: pseudo_query(ranknet, state[i], action[i], pi[i]), rest)
-        preferred[rest] = torch.where(keep[:, None], action[rest], pi[rest])
+        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs * count, generator)
+        prefers_data = in_chunks(lambda i: pseudo_query(ranknet, state[i], action[i], pi[i]), rest)
+        preferred[rest] = torch.where(prefers_data[:, None], action[rest], pi[rest])
     return log
 
 
@@ -454,14 +453,6 @@ class SquashedActor(MLP):
         return u.tanh(), (normal - squash).sum(-1)
 
 
-class Temperature(nn.Module):
-    """SAC's weight of the entropy, as its logarithm."""
-
-    def __init__(self):
-        super().__init__()
-        self.log = nn.Parameter(torch.zeros(()))
-
-
 class Adam:
     """Kingma & Ba's Adam of a module's parameters, in place, as torch.optim.Adam, whose step the
     compiler can't trace. `lr` and the number of steps, `t`, are tensors, for CUDA graphs."""
@@ -469,14 +460,13 @@ class Adam:
     def __init__(self, module: nn.Module, lr: float):
         self.parameters = list(module.parameters())
         self.mean, self.square = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-        self.t, self.lr = self.parameters[0].new_zeros(2).unbind()
-        self.lr.fill_(lr)
+        self.t, self.lr = (self.parameters[0].new_full((), x) for x in (0.0, lr))
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:
         self.t += 1
         if not torch.compiler.is_compiling():
-            gradients = [g.contiguous() for g in gradients]  # the kernel ignores strides
+            gradients = [g.contiguous() for g in gradients]  # the CPU's kernel ignores strides
             torch._fused_adam_(
                 self.parameters, gradients, self.mean, self.square, [], [self.t] * len(gradients),
                 lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False,
@@ -540,9 +530,9 @@ def draw_integers(generators: list[torch.Generator], count: int) -> Tensor:
 # networks() of each seed are stacked, and then given to the constructor. Losses are written for one
 # seed; means and sums over the last axes let a leading axis of seeds through. actor(state) is the
 # deterministic policy: what is evaluated, and compared with the data's actions. explore(state,
-# noise) interacts. update(batch, noise, step) updates everything and returns losses; all that is
-# random in it is `noise`, what draw(generators, batch_size) drew. `args` has the flags' names as
-# attributes; `updates` is how many will come, which only IQL's decay asks.
+# noise) interacts. update(batch, noise, delayed) updates everything, of TD3 some only if `delayed`,
+# and returns losses; all that is random in it is `noise`, what draw(generators, batch_size) drew.
+# `args` has the flags' names as attributes; only IQL's decay asks how many `updates` will come.
 
 
 def bellman_loss(critic: nn.Module, batch: Batch, next_value: Tensor, discount: float) -> Tensor:
@@ -588,13 +578,13 @@ class TD3BC:
     def draw(self, generators: list[torch.Generator], batch_size: int) -> Tensor:
         return normal(generators, batch_size, self.actor[-1].out_features)
 
-    def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
+    def update(self, batch: Batch, noise: Tensor, delayed: bool) -> dict[str, Tensor]:
         a = self.args
         next_value = td3_next_value(
             self.critic_target, self.actor_target, batch, noise, a.policy_noise, a.noise_clip)
         critic_loss = bellman_loss(self.critic, batch, next_value, a.discount)
         losses = {"critic_loss": descend(self.critic_opt, critic_loss)}
-        if step % a.policy_delay == 0:
+        if delayed:
             actor_loss = td3bc_actor_loss(self.actor, self.critic, batch, a.td3bc_alpha)
             losses["actor_loss"] = descend(self.actor_opt, actor_loss)
             polyak_update(self.critic_target, self.critic, a.polyak)
@@ -641,7 +631,7 @@ class IQL:
     def draw(self, generators: list[torch.Generator], batch_size: int) -> Tensor | None:
         return self.actor.draw(generators, batch_size)
 
-    def update(self, batch: Batch, noise: Tensor | None, step: int) -> dict[str, Tensor]:
+    def update(self, batch: Batch, noise: Tensor | None, delayed: bool) -> dict[str, Tensor]:
         a = self.args
         with torch.no_grad():
             q = self.critic_target(batch.state, batch.action).amin(-1)  # (B,)
@@ -689,7 +679,7 @@ class SAC:
     def networks(state_dim: int, action_dim: int, args: argparse.Namespace) -> nn.ModuleDict:
         return nn.ModuleDict({"actor": SquashedActor(state_dim, action_dim),
                               "critic": Critic(state_dim, action_dim),
-                              "temperature": Temperature()})
+                              "temperature": nn.ParameterDict({"log": torch.zeros(())})})
 
     def __init__(self, networks: nn.ModuleDict, args: argparse.Namespace, updates: float):
         self.args, self.actor, self.critic = args, networks["actor"], networks["critic"]
@@ -704,8 +694,8 @@ class SAC:
     def draw(self, generators: list[torch.Generator], batch_size: int) -> Tensor:
         return normal(generators, 2, batch_size, self.action_dim)
 
-    def update(self, batch: Batch, noise: Tensor, step: int) -> dict[str, Tensor]:
-        a, temperature = self.args, self.temperature.log.detach().exp()
+    def update(self, batch: Batch, noise: Tensor, delayed: bool) -> dict[str, Tensor]:
+        a, temperature = self.args, self.temperature["log"].detach().exp()
         next_noise, noise = noise.unbind(-3)
         next_value = sac_next_value(
             self.critic_target, self.actor, temperature, batch, next_noise)
@@ -714,7 +704,7 @@ class SAC:
         actor_loss, log_prob = sac_actor_loss(self.actor, self.critic, temperature, batch, noise)
         actor_loss = descend(self.actor_opt, actor_loss)
         descend(self.temperature_opt, sac_temperature_loss(
-            self.temperature.log, log_prob, -self.action_dim))
+            self.temperature["log"], log_prob, -self.action_dim))
         polyak_update(self.critic_target, self.critic, a.polyak)
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
@@ -889,18 +879,18 @@ class Data:
         self.preferred: Tensor | None = None  # (S, N, A) ã, where it is not always a
         self.offline = self.size = offline  # N
         self.room = room
-        self.first = torch.arange(seeds, device=device)[:, None] * room  # (S, 1) of own rows
+        self.seed = torch.arange(seeds, device=device)[:, None]  # (S, 1)
         self.window = torch.tensor([0, offline], device=device)  # what is sampled, on the device
 
     def write(self, row: Tensor | slice, state: Tensor, action: Tensor, reward: Tensor,
               next_state: Tensor, done: Tensor) -> None:
         """Sets n rows to (n, S), (n, A), (n,), (n, S), (n,) bool."""
-        self.state[row], self.action[row], self.next_state[row] = state, action, next_state
-        self.reward[row, 0], self.not_done[row, 0] = reward, 1 - done.float()
+        self.rows[row] = torch.cat(
+            [state, action, reward[:, None], next_state, 1 - done[:, None].float()], 1)
 
     def append(self, *transition: Tensor) -> None:
         """An own transition of each seed, as in `write`."""
-        self.write(self.first[:, 0] + self.size, *transition)
+        self.write(self.seed[:, 0] * self.room + self.size, *transition)
         self.size += 1
         self.window[1] = self.size
         if not self.offline:
@@ -908,18 +898,16 @@ class Data:
 
     def own(self) -> Tensor:
         """The rows (S, n, ...) of all seeds' own transitions, a view."""
-        shape = (len(self.first), self.room, sum(self.widths))
+        shape = (len(self.seed), self.room, sum(self.widths))
         return self.rows[self.offline :].view(shape)[:, : self.size - self.offline]
 
     def sample(self, generators: list[torch.Generator], batch_size: int) -> Batch:
         """A batch (S, B, ...) for every seed, uniform over what is its own and D."""
         oldest, size = self.window
         index = oldest + draw_integers(generators, batch_size) % (size - oldest)  # (S, B)
-        rows = self.rows[index + self.first * (index >= self.offline)]
+        rows = self.rows[index + self.seed * self.room * (index >= self.offline)]
         state, action, reward, next_state, not_done = rows.split(self.widths, -1)
-        preferred = action
-        if self.preferred is not None:
-            preferred = torch.stack([p[i] for p, i in zip(self.preferred, index, strict=True)])
+        preferred = action if self.preferred is None else self.preferred[self.seed, index]
         return Batch(state, action, reward.squeeze(-1), next_state, not_done.squeeze(-1), preferred)
 
 
@@ -1492,12 +1480,13 @@ class Log:
         from tqdm import tqdm
 
         self.row |= {"step": step, "return": value, "score": self.score(value), **clock.row}
-        self.rows.append(dict(self.row))
+        self.rows.append(self.row)
         self.write_rows()
         left = tqdm.format_interval(self.row["seconds"] / step * (updates - step))
         known = finite(self.row)
         shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-1] if known.get(k) is not None]
         seed = f"seed {self.folder.name}"
+        self.row = {}
         tqdm.write("  ".join([seed, f"step {step:,}", f"left {left}", *shown]))
 
 
@@ -1713,63 +1702,62 @@ def history(data: Data, interaction: Interaction, seed: int) -> dict[str, np.nda
 
 def build(args: argparse.Namespace, seeds: Sequence[int], state_dim: int, action_dim: int,
           updates: float) -> tuple:
-    """The agent of all seeds, each seed's RankNet with its optimizer, and each seed's generator."""
+    """The agent of all seeds, each seed's RankNet with its optimizer if any, and its generator."""
     networks, ranknets, device = [], [], torch.device(args.device)
+    asks = SCHEMES[args.scheme].spends == "queries" and args.ranknet
     for seed in seeds:
         torch.manual_seed(seed)
         with device:
             networks.append(ALGORITHMS[args.algo].networks(state_dim, action_dim, args))
-            ranknets.append(RankNet(state_dim, action_dim))
-    agent = ALGORITHMS[args.algo](stack(networks), args, updates)
-    return (agent, [(ranknet, Adam(ranknet, args.lr)) for ranknet in ranknets],
+            ranknet = RankNet(state_dim, action_dim) if asks else None
+        ranknets.append((ranknet, Adam(ranknet, args.lr)) if ranknet else (None, None))
+    return (ALGORITHMS[args.algo](stack(networks), args, updates), ranknets,
             [torch.Generator(device).manual_seed(seed) for seed in seeds])
 
 
 def make_advance(agent, data: Data, generators: list[torch.Generator],
-                 args: argparse.Namespace) -> Callable[[int], dict[str, Tensor]]:
-    """advance(step) samples batches and updates the agent: eager, compiled, or from CUDA graphs.
-
-    `step` counts modulo --policy-delay, so that there are few ways through an update.
-    """
+                 args: argparse.Namespace) -> Callable[[bool], dict[str, Tensor]]:
+    """advance(delayed) samples and updates: eager, compiled, or from CUDA graphs."""
     torch.empty(8_000_000)  # freed at once: from now on, glibc keeps up to 64 MB of free memory
     update = agent.update
     if args.compile:
+        torch._dynamo.reset()  # forgets other agents: no guard will tell this one from them
         torch._dynamo.config.trace_autograd_ops = True
-        unchanged = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # no layer is ever replaced
-        update = torch.compile(update, fullgraph=True, options={"guard_filter_fn": unchanged})
+        guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        update = torch.compile(update, fullgraph=True, dynamic=False, options=guards)
 
-    def advance(step: int) -> dict[str, Tensor]:
+    def advance(delayed: bool) -> dict[str, Tensor]:
         batch = data.sample(generators, args.batch_size)
-        return update(batch, agent.draw(generators, args.batch_size), step)
+        return update(batch, agent.draw(generators, args.batch_size), delayed)
 
     return graphed(advance, generators) if args.cuda_graph else advance
 
 
-def graphed(advance: Callable[[int], dict], generators: list[torch.Generator]) -> Callable:
-    """`advance`, replayed from a CUDA graph for each argument: one launch instead of a hundred.
+def graphed(advance: Callable[[bool], dict], generators: list[torch.Generator]) -> Callable:
+    """`advance`, replayed from a CUDA graph for each argument: a launch instead of a hundred.
 
     An argument's first three calls run as they are, on a side stream, as capture asks for. Whatever
     `advance` reads must stay where it is in memory, and be changed in place.
     """
-    graphs, losses, calls = {}, {}, collections.Counter()
+    graphs, losses, calls = {}, {}, {False: 0, True: 0}
     side = torch.cuda.Stream()
 
-    def replay(step: int) -> dict[str, Tensor]:
-        calls[step] += 1
-        if calls[step] <= 3:
+    def replay(delayed: bool) -> dict[str, Tensor]:
+        calls[delayed] += 1
+        if calls[delayed] <= 3:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                losses[step] = advance(step)
+                losses[delayed] = advance(delayed)
             torch.cuda.current_stream().wait_stream(side)
-            return losses[step]
-        if step not in graphs:
-            graphs[step] = torch.cuda.CUDAGraph()
+            return losses[delayed]
+        if delayed not in graphs:
+            graph = graphs[delayed] = torch.cuda.CUDAGraph()
             for generator in generators:
-                graphs[step].register_generator_state(generator)
-            with torch.cuda.graph(graphs[step]):  # records, and does not run
-                losses[step] = advance(step)
-        graphs[step].replay()
-        return losses[step]
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):  # records, and does not run
+                losses[delayed] = advance(delayed)
+        graphs[delayed].replay()
+        return losses[delayed]
 
     return replay
 
@@ -1777,7 +1765,8 @@ def graphed(advance: Callable[[int], dict], generators: list[torch.Generator]) -
 class Run:
     """All that a run of one or several seeds needs, and all of it that changes: its checkpoint.
 
-    Raises BadInput if arguments, files and environment don't fit. Writes nothing.
+    Raises BadInput if arguments, files and environment don't fit. Writes nothing, but what a local
+    task needs.
     """
 
     def __init__(self, args: argparse.Namespace, task: Task, seeds: list[int]):
@@ -1795,8 +1784,6 @@ class Run:
         self.updates = args.steps + args.finetune_steps * scheme.finetune
         self.agent, self.ranknets, self.generators = build(
             args, seeds, S, A, math.inf if args.scheme == "o2o" else self.updates)
-        if not (asks and args.ranknet):
-            self.ranknets = [(None, None)] * len(seeds)
         self.queries = [QueryDataset(self.data.offline, A, self.data.rows.device) for _ in seeds]
         self.black_boxes, self.interaction = [], None
         if asks or args.audit:
@@ -1832,7 +1819,7 @@ class Run:
             "asked": [(box.asked, box.audited) for box in self.black_boxes],
             "own": self.data.own().clone(), "snapshots": self.snapshots,
             "timeouts": self.interaction.timeouts if self.interaction else [],
-            "rows": [log.rows for log in self.logs], "row": [log.row for log in self.logs],
+            "rows": [log.rows for log in self.logs],
             "clock": (self.clock.step, time.time() - self.clock.started,
                       *self.clock.shares.values())}
         write_atomic(self.checkpoint, lambda part: torch.save(state, part))
@@ -1859,8 +1846,7 @@ class Run:
             vars(queries).update({name: tensor.to(device) for name, tensor in saved.items()})
         for box, (asked, audited) in zip(self.black_boxes, state["asked"], strict=True):
             box.asked, box.audited = asked, audited
-        for log, rows, row in zip(self.logs, state["rows"], state["row"], strict=True):
-            log.rows, log.row = rows, row
+        for log, log.rows in zip(self.logs, state["rows"], strict=True):
             log.write_rows()
         self.step, self.snapshots = state["step"], state["snapshots"]
         self.losses = {name: loss.to(device) for name, loss in state["losses"].items()}
@@ -1901,7 +1887,7 @@ def learn(run: Run, stop: list) -> None:
                 due(step, args.budget, start, end), random_steps):
             warm = run.interaction.steps >= random_steps
             run.interaction.step(agent.explore if warm else None, run.generators)
-        run.losses |= advance(step % args.policy_delay)
+        run.losses |= advance(step % args.policy_delay == 0)
         run.step, last = step, step == run.updates
 
         asking = asks and step in rounds
@@ -2030,10 +2016,11 @@ def benchmark(argv: list[str]) -> None:
         data = Data(N, 0, count, S, A, torch.device(device))
         data.rows.normal_()
         data.preferred = None if algo == "sac" else data.action.repeat(count, 1, 1)
-        advance, delay = make_advance(agent, data, generators, args), args.policy_delay
-        some = lambda: [advance(step % delay) for step in range(10 * delay)]  # noqa: E731
+        advance, steps = make_advance(agent, data, generators, args), 10 * args.policy_delay
+        some = lambda: [  # noqa: E731
+            advance(step % args.policy_delay == 0) for step in range(steps)]
         some()  # compiles, captures
-        return 10 * delay / seconds(some), args, agent, ranknets[0], generators[0], data
+        return steps / seconds(some), args, agent, ranknets[0], generators[0], data
 
     cuda = device.startswith("cuda")
     modes = ("eager", "CUDA graph", "compiled") if cuda else ("eager",)
@@ -2063,6 +2050,7 @@ def benchmark(argv: list[str]) -> None:
 
     evaluation = seconds(lambda: evaluate(
         envs, raw_policy(policy, units), args.eval_episodes, range(1)), 0)
+    one_round(1)  # the first is slow
     one, six = (seconds(lambda: one_round(epochs), 0) for epochs in (1, 6))  # noqa: B023
     whole = one + (six - one) / 5 * (args.ranknet_epochs - 1)
     for name, each, times in (("an evaluation", evaluation, total // args.eval_every),
@@ -2085,7 +2073,8 @@ def demo() -> None:
     for argv in (oap, offline):
         print(f"python oap.py {' '.join(argv)}")
     runs = {"offline": train(parse_args(offline))[0], "OAP": train(parse_args(oap))[0]}
-    last = runs["OAP"][-1]
+    last = functools.reduce(dict.__or__, ({k: v for k, v in row.items() if v == v}
+                                          for row in runs["OAP"]))
     folder = run_folder(parse_args(oap), parse_task(oap[1]), 0)
     config = json.loads((folder / "config.json").read_text())
     table = {
@@ -2131,7 +2120,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.device = str(torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-    cuda = args.device.startswith("cuda")
+    if cuda := args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     args.cuda_graph = cuda if args.cuda_graph is None else args.cuda_graph
     if args.cuda_graph and not cuda:
         raise BadInput(f"--cuda-graph needs a GPU, and the device is {args.device}")
