@@ -216,10 +216,10 @@ def build_parser() -> argparse.ArgumentParser:
 class Batch(NamedTuple):
     """B transitions. `preferred` is ã, what the policy constraint pulls towards."""
 
-    state: Tensor  # (B, S)
+    state: Tensor  # (B, O), an observation, in the networks' units
     action: Tensor  # (B, A), in [-1, 1] like every action that a network sees
     reward: Tensor  # (B,)
-    next_state: Tensor  # (B, S)
+    next_state: Tensor  # (B, O)
     not_done: Tensor  # (B,) 0 after a terminal state, else, and after a timeout, 1
     preferred: Tensor  # (B, A)
 
@@ -329,7 +329,7 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
               generator: torch.Generator) -> dict[str, float]:
     """The body of Algorithm 1's `if`: asks `count` samples and sets D's ã = `preferred`, in place.
 
-    state (N, S), action (N, A), preferred (N, A). Without `ranknet`, unasked samples keep their ã.
+    state (N, O), action (N, A), preferred (N, A). Without `ranknet`, unasked samples keep their ã.
     Returns what to log: mean divergence, share of answers for the policy, Eq. 7, RankNet's loss.
     """
     pi = in_chunks(policy, state)  # (N, A)
@@ -718,8 +718,8 @@ ALGORITHMS = {"td3bc": TD3BC, "iql": IQL, "sac": SAC}
 class Units(NamedTuple):
     """How learners see a task: (s - mean) / std, actions from [low, high] in [-1, 1], rewards."""
 
-    mean: Tensor  # (S,)
-    std: Tensor  # (S,)
+    mean: Tensor  # (O,)
+    std: Tensor  # (O,)
     low: Tensor  # (A,)
     high: Tensor  # (A,)
     reward_scale: float = 1.0
@@ -884,7 +884,7 @@ class Data:
 
     def write(self, row: Tensor | slice, state: Tensor, action: Tensor, reward: Tensor,
               next_state: Tensor, done: Tensor) -> None:
-        """Sets n rows to (n, S), (n, A), (n,), (n, S), (n,) bool."""
+        """Sets n rows to (n, O), (n, A), (n,), (n, O), (n,) bool."""
         self.rows[row] = torch.cat(
             [state, action, reward[:, None], next_state, 1 - done[:, None].float()], 1)
 
@@ -1306,7 +1306,7 @@ def reference_returns(args: argparse.Namespace, task: Task) -> tuple[float, floa
 
 # --------------------------------------------------------------------------------------- evaluation
 
-Policy = Callable[[np.ndarray], np.ndarray]  # raw states (E, S) -> raw actions (E, A)
+Policy = Callable[[np.ndarray], np.ndarray]  # raw states (E, O) -> raw actions (E, A)
 
 
 def raw_policy(act: Callable[[Tensor], Tensor], units: Units) -> Policy:
@@ -1426,7 +1426,7 @@ class Interaction:
 
     def reset(self, seeds: Sequence[int]) -> None:
         states = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
-        self.state = np.stack(states)  # (S, state_dim), raw
+        self.state = np.stack(states)  # (S, O), raw
 
     @torch.no_grad()
     def step(self, explore: Callable | None, generators: list[torch.Generator]) -> None:
@@ -1436,7 +1436,7 @@ class Interaction:
             action = torch.stack([torch.rand(len(low), generator=g, device=device) * 2 - 1
                                   for g in generators])  # (S, A)
         else:
-            state = self.units.state(self.state).unsqueeze(1)  # (S, 1, state_dim)
+            state = self.units.state(self.state).unsqueeze(1)  # (S, 1, O)
             action = explore(state, normal(generators, 1, len(low))).squeeze(1)
         raw = self.units.raw_action(action).cpu().numpy()
         steps = [env.step(a) for env, a in zip(self.envs, raw, strict=True)]
@@ -1566,8 +1566,8 @@ def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
     if args.overwrite:
         return args.seeds
     left, begun = [], set()
-    free = ["overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every"]
-    free += ["env"] * (args.scheme == "expert")
+    free = ("overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every")
+    free += ("env",) * (args.scheme == "expert")
     for seed in args.seeds:
         folder = run_folder(args, task, seed)
         if not (folder / "config.json").is_file():
@@ -1774,17 +1774,19 @@ class Run:
         args.seeds, asks = seeds, scheme.spends == "queries"
         self.envs = make_envs(task, args)
         spec, box = self.envs[0].spec, self.envs[0].action_space
-        S, A = self.envs[0].observation_space.shape[0], box.shape[0]
+        dims = self.envs[0].observation_space.shape[0], box.shape[0]
         prepare_local_task(args, task)
         expert = args.expert or str(expert_folder(args, task) / "model.pt")
         if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
             raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
-        self.data, self.units, behaviour = load_data(args, task, box, S, spec.max_episode_steps)
+        self.data, self.units, behaviour = load_data(
+            args, task, box, dims[0], spec.max_episode_steps)
         self.checksum = self.data.rows.sum(dtype=torch.float64).item()
         self.updates = args.steps + args.finetune_steps * scheme.finetune
         self.agent, self.ranknets, self.generators = build(
-            args, seeds, S, A, math.inf if args.scheme == "o2o" else self.updates)
-        self.queries = [QueryDataset(self.data.offline, A, self.data.rows.device) for _ in seeds]
+            args, seeds, *dims, math.inf if args.scheme == "o2o" else self.updates)
+        self.queries = [
+            QueryDataset(self.data.offline, dims[1], self.data.rows.device) for _ in seeds]
         self.black_boxes, self.interaction = [], None
         if asks or args.audit:
             self.black_boxes = [
@@ -1873,9 +1875,9 @@ def learn(run: Run, stop: list) -> None:
 
     args, scheme, data, agent, clock = (
         run.args, SCHEMES[run.args.scheme], run.data, run.agent, run.clock)
-    asks, ft, K = scheme.spends == "queries", args.timing == "ft", len(run.seeds)
-    policy = raw_policy(lambda s: agent.actor(s.unflatten(0, (K, -1))).flatten(0, 1), run.units)
-    d = (data.state[: data.offline], data.action[: data.offline])  # (N, S), (N, A)
+    asks, ft, count = scheme.spends == "queries", args.timing == "ft", len(run.seeds)
+    policy = raw_policy(lambda s: agent.actor(s.unflatten(0, (count, -1))).flatten(0, 1), run.units)
+    d = (data.state[: data.offline], data.action[: data.offline])  # (N, O), (N, A)
     start, end = (args.steps, run.updates) if ft else (0, args.steps)  # interactions: spent here
     rounds = range(args.steps if ft else args.interval, args.steps + 1, args.interval)
     random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
@@ -1893,8 +1895,7 @@ def learn(run: Run, stop: list) -> None:
         asking = asks and step in rounds
         auditing = args.audit and (asking or step % args.interval == 0 or last)
         evaluating = asking or auditing or step % args.eval_every == 0 or last
-        saving = step % args.checkpoint_every == 0 or last or stop
-        if not (evaluating or saving):
+        if not (evaluating or step % args.checkpoint_every == 0 or stop):
             continue
         for k, log in enumerate(run.logs):
             values = {name: loss[k].item() for name, loss in run.losses.items()}
@@ -1905,11 +1906,12 @@ def learn(run: Run, stop: list) -> None:
                         f"{run.checkpoint} is from before" if run.checkpoint.is_file() else
                         "there is no checkpoint yet"))
         with clock.measure("oap"):
-            for k in range(K) if asking or auditing else ():
-                actor, box, row = unstack(agent.actor, k, K), run.black_boxes[k], run.logs[k].row
+            for k in range(count) if asking or auditing else ():
+                actor, row = unstack(agent.actor, k, count), run.logs[k].row
+                box = run.black_boxes[k]
                 owed = due(step, args.budget, 0, args.steps) - box.asked if asking else 0
-                if count := min(owed, data.offline):
-                    row |= oap_round(actor, *d, data.preferred[k], count, run.queries[k], box,
+                if asked := min(owed, data.offline):
+                    row |= oap_round(actor, *d, data.preferred[k], asked, run.queries[k], box,
                                      *run.ranknets[k], args.ranknet_epochs, run.generators[k])
                 if auditing:
                     trained = run.ranknets[k][0] if len(run.queries[k].index) else None
@@ -1927,9 +1929,9 @@ def learn(run: Run, stop: list) -> None:
                 log.write(step, run.updates, float(returns[k]), clock)
                 best = run.snapshots[k][-1][0] if run.snapshots[k] else -math.inf
                 if args.scheme == "expert" and (last or returns[k] > best):
-                    weights = unstack(agent.actor, k, K).state_dict()
+                    weights = unstack(agent.actor, k, count).state_dict()
                     run.snapshots[k].append((float(returns[k]), data.size, weights))
-        if saving:
+        if step % args.checkpoint_every == 0 or last or stop:
             run.save()
         if stop and not last:
             raise KeyboardInterrupt(f"stopped after update {step:,}; the same command continues")
@@ -1937,17 +1939,17 @@ def learn(run: Run, stop: list) -> None:
 
 def finish(run: Run) -> None:
     """Writes the datasets of a local task's expert, and model.pt, which marks a finished run."""
-    args, K = run.args, len(run.seeds)
+    args, count = run.args, len(run.seeds)
     for k, log in enumerate(run.logs):
         if args.scheme == "expert" and run.task.quality:
             actors = []
             for value, samples, weights in run.snapshots[k]:
-                actors.append((value, samples, unstack(run.agent.actor, k, K)))
+                actors.append((value, samples, unstack(run.agent.actor, k, count)))
                 actors[-1][2].load_state_dict(weights)
-            make_datasets(args, log.folder, run.envs[: len(run.envs) // K], actors, run.units,
+            make_datasets(args, log.folder, run.envs[: len(run.envs) // count], actors, run.units,
                           history(run.data, run.interaction, k))
         saved = {"algo": args.algo, "env": args.env, "units": list(run.units)} | {
-            name: unstack(net, k, K).state_dict()
+            name: unstack(net, k, count).state_dict()
             for name, net in (("actor", run.agent.actor), ("critic", run.agent.critic))}
         write_atomic(log.folder / "model.pt", lambda part: torch.save(saved, part))  # noqa: B023
         if math.isfinite(log.zero):
@@ -1994,7 +1996,7 @@ def benchmark(argv: list[str]) -> None:
 
     On random data of HalfCheetah's shapes, 1M rows, with the defaults and what `argv` changes.
     """
-    N, S, A, start = 1_000_000, 17, 6, ["--env=halfcheetah-medium-v2", *argv]
+    N, dims, start = 1_000_000, (17, 6), ["--env=halfcheetah-medium-v2", *argv]
     device = parse_args(start).device
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
@@ -2012,8 +2014,8 @@ def benchmark(argv: list[str]) -> None:
         flags = {"eager": ["--no-cuda-graph"], "CUDA graph": [], "compiled": ["--compile"]}[mode]
         flags += ["--scheme=expert"] if algo == "sac" else [f"--algo={algo}"]
         args = parse_args([*start, *flags, "--seeds", *map(str, range(count))])
-        agent, ranknets, generators = build(args, args.seeds, S, A, 1e6)
-        data = Data(N, 0, count, S, A, torch.device(device))
+        agent, ranknets, generators = build(args, args.seeds, *dims, 1e6)
+        data = Data(N, 0, count, *dims, torch.device(device))
         data.rows.normal_()
         data.preferred = None if algo == "sac" else data.action.repeat(count, 1, 1)
         advance, steps = make_advance(agent, data, generators, args), 10 * args.policy_delay
@@ -2039,10 +2041,10 @@ def benchmark(argv: list[str]) -> None:
     count = min(args.budget // rounds, N)
     state, action, preferred = data.state, data.action, data.preferred[0]
     units = Units(*(torch.full((n,), x, device=device)
-                    for n, x in ((S, 0.0), (S, 1.0), (A, -1.0), (A, 1.0))))
+                    for n, x in ((17, 0.0), (17, 1.0), (6, -1.0), (6, 1.0))))
     box = BlackBox(units, math.inf, q=lambda s, a: agent.critic(s, a).amin(-1))
     policy, envs = unstack(agent.actor, 0, 1), make_envs(parse_task(args.env), args)
-    queries = QueryDataset(N, A, torch.device(device))
+    queries = QueryDataset(N, dims[1], torch.device(device))
 
     def one_round(epochs: int) -> None:
         oap_round(policy, state, action, preferred, count, queries, box, ranknet, optimizer, epochs,
