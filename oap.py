@@ -170,6 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile for updates: faster after a minute")
     add("--cuda-graph", action=switch, help="for updates (default: with CUDA)")
     add("--checkpoint-every", type=count, default=50_000, help="updates, and when it is stopped")
+    add("--tensorboard", action="store_true", help="log to the run's folder too")
+    add("--wandb", action="store_true", help="log to Weights & Biases' project oap too")
     add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
     add("--benchmark", action="store_true", help="measure this machine instead of a run")
     # the scheme
@@ -1459,6 +1461,7 @@ class Log:
         self.folder, self.zero, self.hundred = folder, zero, hundred
         self.rows: list[dict[str, float]] = []
         self.row: dict[str, float] = {}
+        self.trackers: list[Callable[[dict, int], None]] = []
 
     def begin(self, args: argparse.Namespace, protocol: dict) -> None:
         """Clears what an earlier run left, and writes config.json."""
@@ -1482,6 +1485,8 @@ class Log:
         self.row |= {"step": step, "return": value, "score": self.score(value), **clock.row}
         self.rows.append(self.row)
         self.write_rows()
+        for track in self.trackers:
+            track(self.row, step)
         left = tqdm.format_interval(self.row["seconds"] / step * (updates - step))
         known = finite(self.row)
         shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-1] if known.get(k) is not None]
@@ -1496,6 +1501,29 @@ class Log:
         writer.writeheader()
         writer.writerows(map(finite, self.rows))
         write_text(self.folder / "progress.csv", text.getvalue())
+
+
+def trackers(args: argparse.Namespace, folder: Path, step: int) -> list[Callable]:
+    """track(row, step) of TensorBoard and W&B, if asked for; a run continues after `step`."""
+    found = []
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(folder), purge_step=step + 1)
+
+        def write(row: dict[str, float], step: int) -> None:
+            for name, value in row.items():
+                board.add_scalar(name, value, step)
+            board.flush()
+
+        found.append(write)
+    if args.wandb:
+        import wandb
+
+        run = wandb.init(project="oap", name=str(folder), id=re.sub(r"\W", "-", str(folder)),
+                         resume="allow", config=vars(args), dir=folder, reinit="create_new")
+        found.append(lambda row, step: run.log(row, step))
+    return found
 
 
 class Clock:
@@ -1566,7 +1594,8 @@ def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
     if args.overwrite:
         return args.seeds
     left, begun = [], set()
-    free = ("overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every")
+    free = ("overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every",
+            "tensorboard", "wandb")
     free += ("env",) * (args.scheme == "expert")
     for seed in args.seeds:
         folder = run_folder(args, task, seed)
@@ -1978,6 +2007,8 @@ def train(args: argparse.Namespace, wait: bool = False) -> list[list[dict[str, f
                     print(f"{run.checkpoint.parent}: " + ", ".join(
                         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                         for k, v in run.protocol.items() if v is not None))
+                for log in run.logs:
+                    log.trackers = trackers(args, log.folder, run.step)
                 learn(run, stop)
                 finish(run)
     return [read_progress(folder / "progress.csv") for folder in folders]
@@ -2064,7 +2095,7 @@ def benchmark(argv: list[str]) -> None:
 # --------------------------------------------------------------------------------------------- main
 
 DEMO = ("--env Pendulum-v1:medium --expert-steps 4000 --dataset-size 5000 --eval-every 500 --audit"
-        " --batch-size 64 --budget 1000 --interval 1000 --ranknet-epochs 10 --finetune-steps 1000"
+        " --batch-size 64 --budget 1000 --interval 1000 --finetune-steps 1000"
         " --out runs/demo")
 
 
@@ -2127,6 +2158,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.cuda_graph = cuda if args.cuda_graph is None else args.cuda_graph
     if args.cuda_graph and not cuda:
         raise BadInput(f"--cuda-graph needs a GPU, and the device is {args.device}")
+    for package in ("tensorboard", "wandb"):
+        if getattr(args, package) and not importlib.util.find_spec(package):
+            raise BadInput(f"--{package}: not installed; pip install {package}")
     if len(set(args.seeds)) < len(args.seeds):
         raise BadInput("--seeds: one is named twice")
     return args

@@ -1327,7 +1327,8 @@ def test_every_flag_is_read():
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "a", "self.args")
     }
-    flags = {action.dest for action in oap.build_parser()._actions} - {"help", "benchmark"}
+    flags = {action.dest for action in oap.build_parser()._actions}
+    flags -= {"help", "benchmark", "tensorboard", "wandb"}  # tested below
     assert flags <= read, flags - read
 
 
@@ -1558,6 +1559,31 @@ def test_a_folder_is_trained_in_by_one_process(out, capsys):
         assert run(*argv) == 2
         assert "another process trains in" in capsys.readouterr().err
     assert not list(folder.iterdir()) and run(*argv) == 0
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_trackers_are_optional(out, package, monkeypatch, capsys):
+    argv = [f"--out={out}", f"--tag={package}", "--scheme=offline", f"--{package}"]
+    with monkeypatch.context() as patched:
+        find = importlib.util.find_spec
+        patched.setattr(importlib.util, "find_spec", lambda name: name != package and find(name))
+        assert run(*argv) == 2
+        assert f"pip install {package}" in capsys.readouterr().err
+    pytest.importorskip(package)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run(*argv) == 0
+    folder = Path(out, f"Point-v0-medium/td3bc-offline-{package}/0")
+    if package == "wandb":
+        assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload().Scalars("score")
+    rows = oap.read_progress(folder / "progress.csv")
+    assert [(e.step, pytest.approx(e.value)) for e in events] == [
+        (row["step"], row["score"]) for row in rows
+    ]
 
 
 def test_the_file_as_a_program(tmp_path):
