@@ -1494,7 +1494,6 @@ class Log:
         self.row = {}
         tqdm.write("  ".join([seed, f"step {step:,}", f"left {left}", *shown]))
 
-
     def write_rows(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -1851,8 +1850,7 @@ class Run:
             "own": self.data.own().clone(), "snapshots": self.snapshots,
             "timeouts": self.interaction.timeouts if self.interaction else [],
             "rows": [log.rows for log in self.logs],
-            "clock": (self.clock.step, time.time() - self.clock.started,
-                      *self.clock.shares.values())}
+            "clock": (time.time() - self.clock.started, *self.clock.shares.values())}
         write_atomic(self.checkpoint, lambda part: torch.save(state, part))
 
     def load(self) -> None:
@@ -1881,7 +1879,7 @@ class Run:
             log.write_rows()
         self.step, self.snapshots = state["step"], state["snapshots"]
         self.losses = {name: loss.to(device) for name, loss in state["losses"].items()}
-        self.clock = Clock(*state["clock"])
+        self.clock = Clock(self.step, *state["clock"])
         self.data.size += state["own"].shape[1]
         self.data.own().copy_(state["own"])
         note = ""
@@ -1894,7 +1892,7 @@ class Run:
 
 
 def evaluation_seed(seed: int, step: int) -> int:
-    """For environments; of a run's seed and update, and unlike any other."""
+    """For environments that are reset after that update, of a run's seed."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
