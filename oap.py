@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     count, positive, fraction = number(1, kind=int), number(1e-12), number(0, 1)
     # what runs
-    add("--env", required=True, help="a D4RL task, or GYMNASIUM_ID:QUALITY, QUALITY one of "
+    add("--env", help="a D4RL task, or GYMNASIUM_ID:QUALITY, QUALITY one of "
         + ", ".join(QUALITIES))
     add("--scheme", choices=SCHEMES, default="oap", help="Table 2's columns; or train a black box")
     add("--algo", choices=("td3bc", "iql"), help="what learns (default: td3bc)")
@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--expert", help="the black box: a run's model.pt, a Stable-Baselines3 SAC or TD3 zip, a"
         " TorchScript Q(s, a), or module:function")
     add("--dataset", help="hdf5 file in D4RL's format instead of the task's own")
-    add("--out", default="runs", help="folder of all runs")
+    add("--out", help="folder of all runs (default: runs), or of the report")
     add("--tag", default="", help="appended to the name of the run's folder")
     add("--overwrite", action="store_true", help="run again what is finished")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -174,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb", action="store_true", help="log to Weights & Biases' project oap too")
     add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
     add("--benchmark", action="store_true", help="measure this machine instead of a run")
+    add("--report", metavar="FOLDER", help="the paper's tables and figures from these runs instead")
     # the scheme
     add("--steps", type=count, help="updates of the first phase, N_train (default: 1000000)")
     add("--finetune-steps", type=count, default=100_000, help="updates of the second (o2o, oap)")
@@ -752,8 +753,9 @@ class BlackBox:
     """
 
     def __init__(self, units: Units, budget: float, q: Callable | None = None,
-                 prefer: Callable | None = None):
+                 returns: float = math.nan, prefer: Callable | None = None):
         self.units, self.budget, self.q, self.prefer = units, budget, q, prefer
+        self.returns = returns  # of its own policy, the mean, if known
         self.asked = self.audited = 0
 
     def __call__(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
@@ -799,7 +801,7 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
             sys.path.insert(0, os.getcwd())
             box = BlackBox(units, budget, prefer=getattr(importlib.import_module(module), name))
         else:
-            box = BlackBox(units, budget, q=load_q(spec, units))
+            box = BlackBox(units, budget, *load_q(spec, units))
         state, action = torch.zeros(2, len(units.mean)), torch.zeros(2, len(units.low))
         state, action = state.to(units.low.device), action.to(units.low.device)
         box._answer(state, action, action)  # shows whether it fits, and nothing about actions
@@ -810,14 +812,17 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
     return box
 
 
-def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
-    """Q*(s, a) of raw states and actions from a file, whose content tells the three kinds apart."""
+def load_q(path: str, units: Units) -> tuple[Callable[[Tensor, Tensor], Tensor], float]:
+    """Q*(s, a) of raw states and actions from a file, whose content tells the three kinds apart.
+
+    Also the mean return of the policy that it belongs to, NaN if the file does not say it.
+    """
     device = units.low.device
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if any("/code/" in name for name in names):
             script = torch.jit.load(path, map_location=device).eval()
-            return lambda s, a: script(s, a).reshape(len(s), -1).squeeze(1)
+            return (lambda s, a: script(s, a).reshape(len(s), -1).squeeze(1)), math.nan
         stable_baselines3 = "policy.pth" in names
         if stable_baselines3:
             if "activation_fn" in str(json.loads(archive.read("data")).get("policy_kwargs")):
@@ -825,6 +830,7 @@ def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
             path = io.BytesIO(archive.read("policy.pth"))
             units = units._replace(mean=units.mean * 0, std=units.std * 0 + 1)  # raw states
     saved = torch.load(path, map_location=device, weights_only=True)
+    returns = saved.get("return", math.nan)
     if not stable_baselines3:
         units = Units(*saved["units"])
         saved = {f"critic.{k}": v for k, v in saved["critic"].items()}
@@ -835,8 +841,8 @@ def load_q(path: str, units: Units) -> Callable[[Tensor, Tensor], Tensor]:
         net = MLP(widths[0][1], *(w[0] for w in widths)).to(device).requires_grad_(False)
         net.load_state_dict(dict(zip(net.state_dict(), layers.values(), strict=True)))
         critics.append(net)
-    return lambda s, a: torch.cat(
-        [critic(units.state(s), units.action(a)) for critic in critics], -1).amin(-1)
+    return (lambda s, a: torch.cat(
+        [critic(units.state(s), units.action(a)) for critic in critics], -1).amin(-1)), returns
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -1468,7 +1474,7 @@ class Log:
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")
         versions = {d.name: d.version for d in importlib.metadata.distributions()
                     if d.name in packages} | {"commit": commit()}
-        for name in ("model.pt", "checkpoint.pt", "progress.csv", "audit-*.npz"):
+        for name in ("model*.pt", "checkpoint.pt", "progress.csv", "audit-*.npz"):
             for old in self.folder.glob(name):
                 old.unlink()
         config = {"args": vars(args), "protocol": protocol, "versions": versions}
@@ -1569,16 +1575,32 @@ def commit() -> str:
 
 
 def read_progress(path: Path) -> list[dict[str, float]]:
-    with path.open() as file:
-        return [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+    """A progress.csv's rows. Raises ValueError if it is not whole."""
+    text = path.read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    if not rows or not text.endswith("\n") or None in rows[-1].values():
+        raise ValueError("its progress.csv has no row yet, or half a row")
+    return [{k: float(v or "nan") for k, v in row.items()} for row in rows]
 
 
-def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
-    """<out>/<env>/<algo>-<scheme>[-variant]/<seed>; the variant is what is not the scheme's own."""
+def default_expert(args: argparse.Namespace, task: Task) -> str:
+    """The black box of the task's robot: the one that was trained here, or else a shipped one."""
+    own = expert_folder(args, task) / "model.pt"
+    shipped = Path(__file__).parent / "experts" / f"{task.robot}.pt"
+    return str(shipped if shipped.is_file() and not own.is_file() else own)
+
+
+def column(args: argparse.Namespace) -> str:
+    """In the paper's tables and Figure 7: the scheme, and what is not the scheme's own."""
     variant = [args.timing] * (args.timing != SCHEMES[args.scheme].timing)
     if args.scheme == "oap":
         variant += ["inf"] * math.isinf(args.budget) + ["no-ranknet"] * (not args.ranknet)
-    name = "-".join([args.algo, args.scheme, *variant] + [args.tag] * bool(args.tag))
+    return "-".join([args.scheme, *variant])
+
+
+def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
+    """<out>/<env>/<algo>-<column>[-tag]/<seed>."""
+    name = "-".join([args.algo, column(args)] + [args.tag] * bool(args.tag))
     env = task.robot if args.scheme == "expert" else task.name
     return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(seed))
 
@@ -1588,14 +1610,17 @@ def expert_folder(args: argparse.Namespace, task: Task) -> Path:
     return Path(args.out, re.sub(r"[^\w.-]", "-", task.robot), "sac-expert", "0")
 
 
+# What decides where and how fast a run runs, and not what comes out of it.
+FREE = {"overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every",
+        "tensorboard", "wandb", "benchmark", "report"}
+
+
 def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
     """Which of --seeds are left to train. Raises BadInput if another run is in their folders."""
     if args.overwrite:
         return args.seeds
     left, begun = [], set()
-    free = ("overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every",
-            "tensorboard", "wandb")
-    free += ("env",) * (args.scheme == "expert")
+    free = FREE | {"env"} if args.scheme == "expert" else FREE
     for seed in args.seeds:
         folder = run_folder(args, task, seed)
         if not (folder / "config.json").is_file():
@@ -1675,13 +1700,14 @@ def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
             f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]), wait=True)
 
 
-def make_datasets(args: argparse.Namespace, folder: Path, envs: list, snapshots: list,
-                  units: Units, history: dict[str, np.ndarray]) -> None:
+def make_datasets(args: argparse.Namespace, folder: Path, envs: list, last: SquashedActor,
+                  records: list[tuple[float, int]], units: Units,
+                  history: dict[str, np.ndarray]) -> None:
     """D4RL's recipe: the datasets of all QUALITIES, and scores.json, from the history of a SAC run.
 
-    snapshots: (return, samples so far, actor) of each evaluation that was the best so far, and of
-    the last. history: D4RL's arrays of the run's own transitions. "medium" is the first snapshot a
-    third of the way from a random policy's to the final return.
+    records: (return, steps so far) of each evaluation that was the best so far, whose policy is in
+    the folder's model-<steps>.pt. history: D4RL's arrays of the run's own transitions. "medium" is
+    the first record a third of the way from a random policy's to the `last` one's return.
     """
     size = args.dataset_size
     generator = torch.Generator(units.low.device).manual_seed(int(folder.name))
@@ -1697,7 +1723,6 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs: list, snapshots:
     def sampling(actor: SquashedActor) -> Callable[[Tensor], Tensor]:
         return lambda state: actor.sample(state, noise.normal_(generator=generator))[0]
 
-    last = snapshots[-1][2]
     final = evaluate(envs, raw_policy(last, units), 100, [10**6]).mean()
     random = collect(lambda state: noise.uniform_(-1, 1, generator=generator), seed=2 * 10**6)
     zero = random.pop("returns").mean()
@@ -1705,7 +1730,10 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs: list, snapshots:
         raise BadInput(f"SAC's return is {final:.1f} after {args.steps:,} steps, a random policy's"
                        f" {zero:.1f}: it has not learned; raise --expert-steps")
     third = zero + (final - zero) / 3
-    _, samples, actor = next((s for s in snapshots if s[0] >= third), snapshots[-1])
+    samples = next((steps for value, steps in records if value >= third), records[-1][1])
+    actor = target_of(last)
+    actor.load_state_dict(
+        torch.load(folder / f"model-{samples}.pt", weights_only=True)["actor"])
     medium, expert = collect(sampling(actor), 3 * 10**6), collect(sampling(last), 4 * 10**6)
     scores = {"random": zero, "medium": medium.pop("returns").mean(), "expert": final,
               "medium_steps": samples, "expert_steps": args.steps}
@@ -1804,7 +1832,7 @@ class Run:
         spec, box = self.envs[0].spec, self.envs[0].action_space
         dims = self.envs[0].observation_space.shape[0], box.shape[0]
         prepare_local_task(args, task)
-        expert = args.expert or str(expert_folder(args, task) / "model.pt")
+        expert = args.expert or default_expert(args, task)
         if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
             raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
         self.data, self.units, behaviour = load_data(
@@ -1824,12 +1852,15 @@ class Run:
             self.interaction = Interaction(own, self.units, self.data, seeds)
         zero, hundred = reference_returns(args, task)
         self.logs = [Log(run_folder(args, task, seed), zero, hundred) for seed in seeds]
+        score = self.logs[0].score
         self.protocol = finite({
             "environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
             "episodes": args.eval_episodes, "return_0": zero, "return_100": hundred,
-            "behaviour_score": self.logs[0].score(behaviour)})
+            "behaviour_score": score(behaviour)} | {
+            key: value for box in self.black_boxes[:1] for key, value in (
+                ("black_box", expert), ("black_box_score", score(box.returns)))})
         self.step, self.losses, self.clock = 0, {}, Clock()
-        self.snapshots: list[list[tuple]] = [[] for _ in seeds]  # make_datasets'
+        self.records: list[list[tuple]] = [[] for _ in seeds]  # an expert's, for make_datasets
         self.checkpoint = self.logs[0].folder / "checkpoint.pt"  # of all seeds
 
     def tensors(self) -> list[Tensor]:
@@ -1847,11 +1878,19 @@ class Run:
             "tensors": self.tensors(), "generators": [g.get_state() for g in self.generators],
             "queries": [vars(queries) for queries in self.queries],
             "asked": [(box.asked, box.audited) for box in self.black_boxes],
-            "own": self.data.own().clone(), "snapshots": self.snapshots,
+            "own": self.data.own().clone(), "records": self.records,
             "timeouts": self.interaction.timeouts if self.interaction else [],
             "rows": [log.rows for log in self.logs],
             "clock": (time.time() - self.clock.started, *self.clock.shares.values())}
         write_atomic(self.checkpoint, lambda part: torch.save(state, part))
+
+    def save_model(self, k: int, name: str, returns: float) -> None:
+        """Writes what a black box and a policy of seed number k are made of."""
+        saved = {"algo": self.args.algo, "env": self.args.env, "return": returns,
+                 "units": list(self.units)} | {
+            name: unstack(net, k, len(self.seeds)).state_dict()
+            for name, net in (("actor", self.agent.actor), ("critic", self.agent.critic))}
+        write_atomic(self.logs[k].folder / name, lambda part: torch.save(saved, part))
 
     def load(self) -> None:
         """Continues from the checkpoint. Raises BadInput if it does not fit."""
@@ -1877,7 +1916,7 @@ class Run:
             box.asked, box.audited = asked, audited
         for log, log.rows in zip(self.logs, state["rows"], strict=True):
             log.write_rows()
-        self.step, self.snapshots = state["step"], state["snapshots"]
+        self.step, self.records = state["step"], state["records"]
         self.losses = {name: loss.to(device) for name, loss in state["losses"].items()}
         self.clock = Clock(self.step, *state["clock"])
         self.data.size += state["own"].shape[1]
@@ -1954,10 +1993,10 @@ def learn(run: Run, stop: list) -> None:
                 log.row |= {"interactions": run.interaction.steps} if run.interaction else {}
                 log.row |= {"queries": run.black_boxes[k].asked} if run.black_boxes else {}
                 log.write(step, run.updates, float(returns[k]), clock)
-                best = run.snapshots[k][-1][0] if run.snapshots[k] else -math.inf
-                if args.scheme == "expert" and (last or returns[k] > best):
-                    weights = unstack(agent.actor, k, count).state_dict()
-                    run.snapshots[k].append((float(returns[k]), data.size, weights))
+                best, records = float(returns[k]), run.records[k]
+                if args.scheme == "expert" and (not records or best > records[-1][0]):
+                    records.append((best, step))
+                    run.save_model(k, f"model-{step}.pt", best)
         if step % args.checkpoint_every == 0 or last or stop:
             run.save()
         if stop and not last:
@@ -1969,16 +2008,10 @@ def finish(run: Run) -> None:
     args, count = run.args, len(run.seeds)
     for k, log in enumerate(run.logs):
         if args.scheme == "expert" and run.task.quality:
-            actors = []
-            for value, samples, weights in run.snapshots[k]:
-                actors.append((value, samples, unstack(run.agent.actor, k, count)))
-                actors[-1][2].load_state_dict(weights)
-            make_datasets(args, log.folder, run.envs[: len(run.envs) // count], actors, run.units,
+            make_datasets(args, log.folder, run.envs[: len(run.envs) // count],
+                          unstack(run.agent.actor, k, count), run.records[k], run.units,
                           history(run.data, run.interaction, k))
-        saved = {"algo": args.algo, "env": args.env, "units": list(run.units)} | {
-            name: unstack(net, k, count).state_dict()
-            for name, net in (("actor", run.agent.actor), ("critic", run.agent.critic))}
-        write_atomic(log.folder / "model.pt", lambda part: torch.save(saved, part))  # noqa: B023
+        run.save_model(k, "model.pt", final_score(log.rows, "return"))
         if math.isfinite(log.zero):
             print(f"{log.folder}: score {final_score(log.rows):.1f}, the mean of the last 10"
                   " evaluations")
@@ -2012,9 +2045,9 @@ def train(args: argparse.Namespace, wait: bool = False) -> list[list[dict[str, f
     return [read_progress(folder / "progress.csv") for folder in folders]
 
 
-def final_score(rows: list[dict[str, float]]) -> float:
+def final_score(rows: list[dict[str, float]], name: str = "score") -> float:
     """The paper's number: the mean of the final 10 evaluations."""
-    return float(np.mean([row["score"] for row in rows[-10:]]))
+    return float(np.mean([row[name] for row in rows[-10:]]))
 
 
 # ---------------------------------------------------------------------------------------- benchmark
@@ -2090,6 +2123,318 @@ def benchmark(argv: list[str]) -> None:
         print(f"{name:16}{each:9.2f}  x {times:4}  {share:6.1%}")
 
 
+# ------------------------------------------------------------------------------------------- report
+
+DOMAINS = ("gym", "antmaze", "adroit")
+TABLES = {
+    "Table 2: training schemes": ("offline", "online", "online-mix", "o2o", "oap"),
+    "Table 3: RankNet": ("oap", "oap-inf", "oap-no-ranknet"),
+    "Figure 7: timing": ("o2o", "o2o-interval", "oap-ft", "oap"),
+    "Table 4: black boxes": ("expert",),
+}  # fmt: skip
+COLORS = {  # Okabe and Ito's, which colour-blind readers can tell apart
+    "offline": "#000000", "online": "#CC79A7", "online-mix": "#009E73", "o2o": "#E69F00",
+    "o2o-interval": "#CC79A7", "oap-ft": "#009E73", "oap-no-ranknet": "#D55E00",
+    "oap-inf": "#56B4E9", "oap": "#0072B2", "expert": "#000000",
+}  # fmt: skip
+
+
+def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """What is not its task's default: the protocol; and those flags that only some schemes read.
+
+    In neither are those that this scheme does not read, and those that leave the result alone.
+    """
+    scheme, expert = SCHEMES[args.scheme], args.scheme == "expert"
+    asks, learner = scheme.spends == "queries", [] if expert else [f"--algo={args.algo}"]
+    usual = vars(parse_args([f"--env={args.env}", f"--scheme={args.scheme}", *learner]))
+    read = {"steps": not expert, "finetune_steps": scheme.finetune, "interval": asks,
+            "budget": bool(scheme.spends) and not expert and args.budget < math.inf,
+            "ranknet_epochs": asks, "random_steps": not scheme.data, "expert": asks,
+            "exploration_noise": scheme.spends == "interactions"}
+    read |= {"expert_steps": True} if expert else {}
+    said = FREE | {"env", "scheme", "algo", "timing", "ranknet", "audit", "tag"}
+    text = {k: "--" + "no-" * (v is False) + k.replace("_", "-") + f" {v}" * (v not in (0, 1))
+            for k, v in vars(args).items() if k not in said and v != usual.get(k)}
+    return (" ".join(text[k] for k in text if k not in read),
+            {k: text.get(k, "") for k in read if read[k]})
+
+
+def read_runs(root: Path) -> tuple:
+    """A pandas.DataFrame with a row for each run under `root`, and a line for each broken one.
+
+    Runs with the same algo, protocol, label and task are the seeds of one cell of a table. `label`
+    is the scheme's variant and the tag, with those flags in which runs of that name differ.
+    """
+    import pandas as pd
+
+    runs, broken = [], []
+    for path in sorted(root.rglob("config.json")):
+        try:
+            config = json.loads(path.read_text())
+            args, known = argparse.Namespace(**config["args"]), config["protocol"]
+            args.budget = math.inf if args.budget is None else args.budget
+            task, rows = parse_task(args.env), read_progress(path.parent / "progress.csv")
+            updates = args.steps + args.finetune_steps * SCHEMES[args.scheme].finetune
+            protocol, own = changed_flags(args)
+            if math.isnan(final_score(rows)):
+                raise ValueError("has no normalised score")
+            runs.append({
+                "algo": args.algo, "protocol": protocol, "column": column(args), "own": own,
+                "label": column(args) + f"-{args.tag}" * bool(args.tag), "tag": args.tag,
+                "task": task.robot if args.scheme == "expert" else task.name,
+                "seed": int(path.parent.name), "score": final_score(rows),
+                "step": int(rows[-1]["step"]), "updates": updates,
+                "done": rows[-1]["step"] >= updates, "rows": pd.DataFrame(rows),
+                "box": known.get("black_box_score"), "folder": path.parent,
+                "note": f"{known['physics']} physics, {known['episodes']} episodes an evaluation"})
+        except (BadInput, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
+            what = "" if type(error) in (BadInput, ValueError) else f"{type(error).__name__} "
+            broken.append(f"{path.parent}: {what}{error}")
+    names = [run["label"] for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        alike = [other for other, same in zip(runs, names, strict=True) if same == name and all(
+            other[k] == run[k] for k in ("algo", "protocol"))]
+        run["label"] = " ".join(filter(None, [name] + [
+            text for k, text in run["own"].items() if any(
+                text != other["own"][k] for other in alike  # a black box is a task's
+                if other["task"] == run["task"] or k != "expert")]))
+    return pd.DataFrame(runs), broken
+
+
+def averages(runs, paper) -> list[dict]:
+    """A run over each of the paper's domains, and over all, of whose tasks a seed finished all."""
+    tasks = [t for t in paper[paper.table == 2].task.unique() if "average" not in t]
+    domains = {d: [t for t in tasks if parse_task(t).domain == d] for d in DOMAINS} | {"": tasks}
+    same = ["algo", "protocol", "column", "label", "seed"]
+    return [dict(zip(same, key, strict=True)) | {
+        "task": f"{domain} average".strip(), "score": group.score.mean(), "step": group.step.min(),
+        "done": True} for domain, members in domains.items() for key, group in
+        runs[runs.done & runs.task.isin(members)].groupby(same) if len(group) == len(members)]
+
+
+def by_label(runs) -> list[tuple]:
+    """(label, column, its runs), in the order of COLORS."""
+    groups = [(label, name, group) for (name, label), group in runs.groupby(["column", "label"])]
+    return sorted(groups, key=lambda group: (list(COLORS).index(group[1]), group[0]))
+
+
+def cell(runs) -> str:
+    """"mean ± deviation (seeds x updates)" of the finished runs, or else of the others, marked."""
+    shown, mark = (runs[runs.done], "") if runs.done.any() else (runs, " \\*")
+    return (f"{shown.score.mean():.1f}" + f" ± {shown.score.std(ddof=0):.1f}" * (len(shown) > 1)
+            + f" ({len(shown)} × {shown.step.min() / 1000:,g}k{mark})")
+
+
+def table(runs, columns: Sequence[str], paper, tasks: list[str]) -> str:
+    """Tasks x labels in Markdown, the paper's figures in brackets. `tasks` are always there."""
+    names = {label: name for label, name, _ in by_label(runs)}
+    names |= {name: name for name in columns if name not in names.values()}
+    names = dict(sorted(names.items(), key=lambda pair: columns.index(pair[1])))
+    ours = {key: cell(group) for key, group in runs.groupby(["task", "label"])}
+    theirs = {(r.task, r.column): f" [{r.mean:g}" + f" ± {r.std:g}" * (r.std == r.std) + "]"
+              for r in paper.itertuples(index=False)}
+    tasks = tasks + [task for task in runs.task.unique() if task not in tasks]
+    rows = [["task", *names], ["---"] * (len(names) + 1)] + [
+        [task] + [(ours.get((task, label), "") + theirs.get((task, name), "")).strip()
+                  for label, name in names.items()] for task in tasks]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def figure_3(runs) -> tuple | None:
+    """Four aggregates of the tasks that every scheme has finished, with rliable's intervals."""
+    from rliable import library, metrics, plot_utils
+
+    groups = [(label, name, group.pivot_table("score", "seed", "task")) for label, name, group
+              in by_label(runs[runs.done & runs.column.isin(TABLES["Table 2: training schemes"])])]
+    tasks = sorted(set.intersection(*(set(scores) for _, _, scores in groups))) if groups else []
+    scores = {label: scores[tasks].dropna().to_numpy() / 100 for label, _, scores in groups}
+    if len(scores) < 2 or not tasks or not all(map(len, scores.values())):
+        return None
+    names = {"median": metrics.aggregate_median, "IQM": metrics.aggregate_iqm,
+             "mean": metrics.aggregate_mean, "optimality gap": metrics.aggregate_optimality_gap}
+    estimates = library.get_interval_estimates(
+        scores, lambda x: np.array([f(x) for f in names.values()]), reps=2000)
+    figure, _ = plot_utils.plot_interval_estimates(
+        *estimates, list(names), list(scores), {label: COLORS[name] for label, name, _ in groups},
+        xlabel="normalised score / 100", xlabel_y_coordinate=-0.2, row_height=0.5, wspace=0.2)
+    return figure, f"Figure 3: 95 % stratified bootstrap intervals; {', '.join(tasks)}; seeds: " + (
+        ", ".join(f"{label} {len(x)}" for label, x in scores.items()))
+
+
+def figure_4(runs, published) -> tuple | None:
+    """Each domain's best algorithm, offline, o2o and OAP, beside other papers' figures."""
+    import matplotlib.pyplot as plt
+
+    runs, bars, notes = runs[runs.done & runs.label.isin(["offline", "o2o", "oap"])], {}, []
+    for domain in DOMAINS:
+        theirs = published[published.domain == domain].pivot_table("score", "task", "algo")
+        ours = runs[runs.task.isin(theirs.index)].pivot_table("score", "task", ["algo", "label"])
+        ours = ours.dropna()
+        if ours.empty or "offline" not in ours.columns.get_level_values("label"):
+            continue
+        best = ours.xs("offline", axis=1, level="label").mean().idxmax()
+        mean = ours[best].mean()
+        bars[domain] = dict(theirs.loc[ours.index].mean()) | {
+            f"{best} {name}": mean[name] for name in ("offline", "o2o", "oap") if name in mean}
+        notes.append(", ".join(ours.index))
+    if not bars:
+        return None
+    figure, axes = plt.subplots(1, len(bars), figsize=(4.5 * len(bars), 3.5), squeeze=False)
+    for ax, (domain, values) in zip(axes[0], bars.items(), strict=True):
+        colors = [COLORS.get(name.split()[-1], "#999999") for name in values]
+        ax.bar(list(values), list(values.values()), color=colors)
+        ax.set(title=domain, ylabel="normalised score")
+        ax.tick_params(axis="x", rotation=60)
+    sources = ", ".join(published.source.unique())
+    return figure, f"Figure 4: means over {'; '.join(notes)}. Grey: {sources}"
+
+
+def figure_5(runs) -> tuple | None:
+    """OAP's score against its black box's, a panel a task, beside schemes without a black box."""
+    import matplotlib.pyplot as plt
+
+    asking = runs[runs.done & (runs.column == "oap")].dropna(subset="box")
+    tasks = [task for task, group in asking.groupby("task") if group.box.nunique() > 1]
+    if not tasks:
+        return None
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.5), squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        scores = asking[asking.task == task].groupby("box").score
+        ax.errorbar(scores.mean().index, scores.mean(), scores.std(ddof=0), marker="o", capsize=3,
+                    color=COLORS["oap"], label="oap")
+        for label, name, group in by_label(runs[runs.done & (runs.task == task)]):
+            if name in ("offline", "o2o"):
+                ax.axhline(group.score.mean(), color=COLORS[name], linestyle="--", label=label)
+        ax.set(title=task, xlabel="normalised score of the black box", ylabel="normalised score")
+        ax.legend(fontsize="small")
+    return figure, "Figure 5: mean and deviation over seeds"
+
+
+def figure_6(runs) -> tuple:
+    """A task's learning curves, and, of runs with --audit, divergence against value gain."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    audits = {}
+    for label, name, group in by_label(runs):
+        files = sorted(group.folder.iloc[0].glob("audit-*.npz"), key=lambda p: int(p.stem[6:]))
+        if files and "value_gain" in (arrays := np.load(files[-1])):
+            some = np.random.default_rng(0).permutation(len(arrays["divergence"]))[:3000]
+            audits[label] = name, arrays["divergence"][some], arrays["value_gain"][some]
+    first = runs.column.isin(TABLES["Table 2: training schemes"])
+    curves = [part for part in (runs[first], runs[~first]) if len(part)]
+    widths = [4.5] * len(curves) + [3] * len(audits)
+    figure, axes = plt.subplots(1, len(widths), squeeze=False, figsize=(sum(widths), 3.5),
+                                width_ratios=widths)
+    for ax, part in zip(axes[0], curves, strict=False):
+        for i, (label, name, group) in enumerate(by_label(part)):
+            seeds = pd.concat([x.set_index("step").score for x in group.rows], axis=1).dropna()
+            mean, std, step = seeds.mean(axis=1), seeds.std(axis=1, ddof=0), seeds.index / 1000
+            ax.plot(step, mean, ("-", "--", "-.", ":")[i % 4], color=COLORS[name],
+                    label=f"{label} (n={len(group)})")
+            ax.fill_between(step, mean - std, mean + std, color=COLORS[name], alpha=0.15, lw=0)
+        ax.sharey(axes[0, 0])
+        ax.set(xlabel="updates (thousands)", ylabel="normalised score")
+        ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    below = axes[0, len(curves):]
+    for ax, (label, (name, divergence, gain)) in zip(below, audits.items(), strict=True):
+        ax.sharex(below[0])
+        ax.sharey(below[0])
+        ax.scatter(divergence, gain, s=4, alpha=0.3, color=COLORS[name], edgecolors="none")
+        ax.axhline(0, color="#999999", linewidth=0.8)
+        ax.set(title=label, xlabel="divergence (π(s) - a)²", ylabel="value gain (return)")
+    figure.subplots_adjust(wspace=0.35)
+    return figure, f"{runs.task.iloc[0]}: mean and deviation over seeds; {runs.note.iloc[0]}" + (
+        "; Figure 6: Q*(s, π(s)) - Q*(s, a) of 3,000 samples in a first seed's last audit"
+        if audits else "")
+
+
+def figure_7(runs) -> tuple | None:
+    """The four ways to time interactions and queries."""
+    import matplotlib.pyplot as plt
+
+    groups = by_label(runs[runs.done & runs.label.isin(TABLES["Figure 7: timing"])])
+    if {name for _, name, _ in groups} <= {"o2o", "oap"}:
+        return None
+    tasks = sorted(set.union(*(set(group.task) for _, _, group in groups)))
+    figure, ax = plt.subplots(figsize=(2.5 + 1.5 * len(tasks), 3.5))
+    for i, (label, name, group) in enumerate(groups):
+        scores = group.groupby("task").score
+        place = [tasks.index(task) + (i - len(groups) / 2 + 0.5) / 5 for task in scores.groups]
+        ax.bar(place, scores.mean(), 0.2, yerr=scores.std(ddof=0), color=COLORS[name], capsize=3,
+               label=f"{label} (n={scores.count().min()})")
+    ax.set(ylabel="normalised score")
+    ax.set_xticks(range(len(tasks)), tasks)
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    return figure, "Figure 7: mean and deviation over seeds"
+
+
+def report(root: Path, out: Path) -> None:
+    """Writes report.md and its pictures to `out`. Raises BadInput if there is nothing to report."""
+    try:
+        import matplotlib
+        import pandas as pd
+        import rliable  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f"--report: {error}; pip install rliable 'pandas<3'") from error
+    matplotlib.use("Agg")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # rliable's calls of arch
+    import matplotlib.pyplot as plt
+
+    runs, broken = read_runs(root)
+    if runs.empty:
+        raise BadInput(f"--report: no runs in {root}" + "".join(f"; {line}" for line in broken))
+    results = Path(__file__).parent / "results"
+    paper, published = (pd.read_csv(results / f"{name}.csv") for name in ("paper", "baselines"))
+    out.mkdir(parents=True, exist_ok=True)
+    text = [f"# {root}", "A score is the mean of a run's last 10 evaluations; then mean ± standard"
+            " deviation over seeds (seeds × updates; \\* not finished) [the paper's]."]
+
+    def picture(name: str, drawn: tuple | None) -> None:
+        if drawn is None:
+            return
+        figure, caption = drawn
+        name = re.sub(r"[^\w.-]+", "-", name) + ".png"
+        write_atomic(out / name, lambda part: figure.savefig(
+            part, format="png", dpi=150, bbox_inches="tight"))
+        plt.close(figure)
+        text.append(f"![{caption}]({name})\n\n*{caption}*")
+
+    for number, (protocol, section) in enumerate(runs.groupby("protocol"), 1):
+        for algo, group in section.groupby("algo"):
+            theirs, name = paper[paper.algo == algo], f"{number}-{algo}"
+            text.append(f"## {algo}" + f", `{protocol}`" * bool(protocol))
+            plain = group[group.tag == ""] if (group.tag == "").any() else group
+            whole = pd.DataFrame(group.to_dict("records") + averages(group, paper))
+            known = theirs[theirs.table == 2].task.unique().tolist()
+            for title, columns in TABLES.items():
+                first = title.startswith("Table 2")
+                shown = whole if first else whole[whole.label.isin(plain.label)]
+                chosen = shown[shown.column.isin(columns)]
+                if len(chosen) and (first or not set(chosen.column) <= {"o2o", "oap"}):
+                    every = first and not protocol and bool(set(known) & set(group.task))
+                    text += [f"### {title}", table(chosen, columns, theirs, known * every)]
+            given: dict[str, dict] = {}
+            for label, _, same in by_label(group):
+                for own in same.own:
+                    given.setdefault(" ".join(filter(None, own.values())), {})[label] = 1
+            text.append("\n".join(f"- `{flags}`: {', '.join(labels)}"
+                                  for flags, labels in given.items() if flags))
+            picture(f"{name}-figure-3", figure_3(plain))
+            picture(f"{name}-figure-5", figure_5(group))
+            picture(f"{name}-figure-7", figure_7(plain))
+            for task, same in plain.groupby("task"):
+                picture(f"{name}-{task}", figure_6(same))
+        picture(f"{number}-figure-4", figure_4(section, published))
+    left = runs[~runs.done]
+    lines = [f"{r.folder}: {r.step:,} of {r.updates:,} updates" for r in left.itertuples()]
+    for title, items in (("Not finished", lines), ("Left out, because they can't be read", broken)):
+        text += [f"## {title}", "\n".join(f"- {item}" for item in items)] if items else []
+    write_text(out / "report.md", "\n\n".join(text) + "\n")
+    print("\n".join([f"{out / 'report.md'}: {len(runs)} runs, {len(left)} not finished",
+                     *(f"left out: {line}" for line in broken)]))
+
+
 # --------------------------------------------------------------------------------------------- main
 
 DEMO = ("--env Pendulum-v1:medium --expert-steps 4000 --dataset-size 5000 --eval-every 500 --audit"
@@ -2122,6 +2467,8 @@ def demo() -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Arguments with all defaults in place. Raises BadInput."""
     args = build_parser().parse_args(argv)
+    if args.env is None:
+        raise BadInput("--env is missing: pen-human-v1, Hopper-v4:medium, ...; see --help")
     task, scheme = parse_task(args.env), SCHEMES[args.scheme]
     expert = args.scheme == "expert"
     if expert and (args.algo or args.steps or args.budget):
@@ -2130,7 +2477,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise BadInput(f"--normalize and --reward-scale need D, and {args.scheme} has none")
     algo = "sac" if expert else args.algo or "td3bc"
     defaults = {name: column[task.domain] for name, column in DOMAIN_DEFAULTS.items()} | {
-        "algo": algo, "steps": args.expert_steps if expert else 1_000_000,
+        "out": "runs", "algo": algo, "steps": args.expert_steps if expert else 1_000_000,
         "budget": args.expert_steps if expert else 100_000, "timing": scheme.timing,
         "normalize": algo == "td3bc" and scheme.data,
         "reward_scale": algo == "iql" and scheme.data and task.domain == "gym" and not task.quality}
@@ -2172,6 +2519,12 @@ def main(argv: list[str] | None = None) -> int:
             demo()
         elif "--benchmark" in argv:
             benchmark([word for word in argv if word != "--benchmark"])
+        elif (args := build_parser().parse_args(argv)).report:
+            out = args.out or str(Path(args.report, "report"))
+            if {k for k, v in vars(args).items() if v != build_parser().get_default(k)} - {
+                    "report", "out"}:
+                raise BadInput("--report takes only --out beside it")
+            report(Path(args.report), Path(out))
         else:
             train(parse_args(argv))
         return 0

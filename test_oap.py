@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import csv
 import functools
 import hashlib
 import http.server
@@ -1174,6 +1175,116 @@ def test_bad_files_are_no_black_boxes(tmp_path, out):
         oap.load_black_box(str(tmp_path / "diverged.pt"), UNITS, 100)
 
 
+# ------------------------------------------------------------------------------------------- report
+
+PAPER = {(row["task"], row["column"]): row for row in csv.DictReader(
+    (HERE / "results/paper.csv").read_text().splitlines()) if row["table"] == "2"}  # fmt: skip
+PAPER_TASKS = sorted({task for task, _ in PAPER if "average" not in task})
+
+
+def write_run(root, scores, *argv, seed=0, steps=(500_000, 1_000_000, 1_100_000), box=None):
+    """A run folder as `train` leaves it, with these scores at these steps."""
+    args = oap.parse_args([*argv, f"--out={root}", f"--seed={seed}"])
+    log = oap.Log(oap.run_folder(args, oap.parse_task(args.env), seed), 0.0, 100.0)
+    log.folder.mkdir(parents=True)
+    log.begin(args, {"physics": "exact", "episodes": 10, "black_box_score": box})
+    log.rows = [{"step": step, "score": score, "return": score}
+                for step, score in zip(steps, scores, strict=False)]
+    log.write_rows()
+    return log.folder
+
+
+def cells(report, start):
+    """The table's row that starts so, without its first cell."""
+    line = next(x for x in report.splitlines() if x.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def report_of(root, capsys):
+    pytest.importorskip("rliable")
+    assert oap.main(["--report", str(root), "--out", str(root / "out")]) == 0
+    for picture in (root / "out").glob("*"):
+        assert picture.suffix == ".md" or picture.read_bytes().startswith(b"\x89PNG")
+    return (root / "out" / "report.md").read_text(), capsys.readouterr().out
+
+
+def test_the_report_has_the_paper_s_tables_and_figures(tmp_path, capsys):
+    for (i, task), seed in itertools.product(enumerate(PAPER_TASKS), (0, 1)):
+        write_run(tmp_path, [0, 2 * i + 2 * seed], f"--env={task}", "--scheme=offline", seed=seed)
+        write_run(tmp_path, [0, 60, 60 + 6 * seed], f"--env={task}", seed=seed, box=100)
+    argv = ["--env=hopper-medium-v2", "--scheme=o2o", "--timing=interval"]
+    write_run(tmp_path, [1, 2, 3], *argv)
+    write_run(tmp_path, [7, 7, 7], "--env=hopper-medium-v2", "--no-ranknet")
+    write_run(tmp_path, [8, 8, 8], "--env=hopper-medium-v2", "--tag=weak", "--expert=x.pt", box=30)
+    write_run(tmp_path, [99], "--env=hopper-medium-v2", "--scheme=expert", steps=[3_000_000])
+    audited = tmp_path / "hopper-medium-v2/td3bc-oap/0"
+    for step in (100, 1_100_000):
+        np.savez(audited / f"audit-{step}.npz", divergence=np.ones(9), value_gain=np.ones(9))
+    report, printed = report_of(tmp_path, capsys)
+    assert f"{2 * 40 + 4} runs, 0 not finished" in printed and "left out" not in printed
+    i, row = PAPER_TASKS.index("hopper-medium-v2"), PAPER["hopper-medium-v2", "offline"]
+    found = cells(report, "hopper-medium-v2")
+    assert found[0] == f"{i + 0.5:.1f} ± 0.5 (2 × 1,000k) [{row['mean']} ± {row['std']}]"
+    assert found[4].startswith("41.0 ± 1.0 (2 × 1,100k) [") and found[5].startswith("8.0 (1 ×")
+    row = PAPER["hopper-medium-v2", "online"]
+    assert found[1] == f"[{row['mean']} ± {row['std']}]"  # not run
+    row = PAPER["adroit average", "offline"]
+    mean = np.mean([PAPER_TASKS.index(task) + 0.5 for task in PAPER_TASKS if "pen" in task])
+    assert cells(report, "adroit average")[0] == (
+        f"{mean:.1f} ± 0.5 (2 × 1,000k) [{row['mean']} ± {row['std']}]")
+    assert cells(report, "average")[0].startswith("10.0 ± 0.5 (2 ×")
+    assert cells(report, "hopper") == ["99.0 (1 × 3,000k) [110]"]  # Table 4
+    assert "### Table 3: RankNet" in report and "7.0 (1 × 1,100k) [45.9 ± 1.5]" in report
+    for number in (3, 4, 5, 7):
+        assert len(list((tmp_path / "out").glob(f"*figure-{number}.png"))) == 1
+    assert len(list((tmp_path / "out").glob("*-v[012].png"))) == 20
+
+
+def test_a_report_never_mixes_and_says_what_is_partial_or_broken(tmp_path, capsys):
+    task, oap_steps = "--env=Walker2d-v4:medium", [
+        "--steps=2000", "--interval=500", "--finetune-steps=500"]
+    write_run(tmp_path, [1, 9], task, *oap_steps, steps=(1000, 2500))
+    write_run(tmp_path, [5, 5], task, *oap_steps, steps=(1000, 2500), seed=1)
+    write_run(tmp_path, [70], task, *oap_steps, steps=(1000,), seed=2)  # stopped
+    write_run(tmp_path, [80], task, "--scheme=offline", "--steps=3000", steps=(1000,))  # stopped
+    argv = ["--steps=4000", "--interval=500", "--tag=long"]
+    write_run(tmp_path, [40], task, *argv, steps=(104_000,))
+    write_run(tmp_path, [50], task, "--batch-size=64", "--tag=other", steps=(1_100_000,))
+    write_run(tmp_path, [50], task, "--tag=half")
+    half = tmp_path / "Walker2d-v4-medium/td3bc-oap-half/0/progress.csv"
+    half.write_text(half.read_text()[:-9])
+    write_run(tmp_path, [50], task, "--tag=cut")
+    (tmp_path / "Walker2d-v4-medium/td3bc-oap-cut/0/config.json").write_text('{"args":')
+    write_run(tmp_path, [math.nan], task, "--tag=scoreless")
+    report, printed = report_of(tmp_path, capsys)
+    assert "6 runs, 2 not finished" in printed and printed.count("left out: ") == 3
+    plain, other = report.split("`--batch-size 64`")
+    assert cells(plain, "Walker2d-v4:medium") == [
+        "80.0 (1 × 1k \\*)", "", "", "", "5.0 ± 0.0 (2 × 2.5k)", "40.0 (1 × 104k)"]
+    assert cells(other, "Walker2d-v4:medium")[-1] == "50.0 (1 × 1,100k)"
+    assert "td3bc-oap/2: 1,000 of 2,500 updates" in report and "td3bc-oap-half/0: " in report
+    assert "- `--steps 2000 --finetune-steps 500 --interval 500`: oap\n" in report
+
+
+def test_runs_of_another_length_get_another_column(tmp_path, capsys):
+    for i, steps in enumerate((1000, 2000)):
+        argv = ["--env=Walker2d-v4:medium", "--scheme=offline", f"--steps={steps}"]
+        write_run(tmp_path / str(i), [10 * i], *argv, steps=[steps])
+    report, _ = report_of(tmp_path, capsys)
+    assert "| offline --steps 1000 | offline --steps 2000 |" in report
+    assert cells(report, "Walker2d-v4:medium")[:2] == ["0.0 (1 × 1k)", "10.0 (1 × 2k)"]
+
+
+def test_a_report_of_nothing_is_one_line(tmp_path, capsys):
+    pytest.importorskip("rliable")
+    for argv, message in (([str(tmp_path)], f"no runs in {tmp_path}"),
+                          ([str(tmp_path / "none")], "no runs in"),
+                          ([str(tmp_path), "--steps=5"], "only --out")):
+        assert oap.main(["--report", *argv]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
 # --------------------------------------------------------------------------------- the command line
 
 
@@ -1328,7 +1439,7 @@ def test_every_flag_is_read():
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "a", "self.args")
     }
     flags = {action.dest for action in oap.build_parser()._actions}
-    flags -= {"help", "benchmark", "tensorboard", "wandb"}  # tested below
+    flags -= {"help", "benchmark", "tensorboard", "wandb"}  # tested elsewhere
     assert flags <= read, flags - read
 
 
