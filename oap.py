@@ -753,7 +753,7 @@ class BlackBox:
     """
 
     def __init__(self, units: Units, budget: float, q: Callable | None = None,
-                 returns: float = math.nan, prefer: Callable | None = None):
+                 prefer: Callable | None = None, returns: float = math.nan):
         self.units, self.budget, self.q, self.prefer = units, budget, q, prefer
         self.returns = returns  # of its own policy, the mean, if known
         self.asked = self.audited = 0
@@ -801,7 +801,8 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
             sys.path.insert(0, os.getcwd())
             box = BlackBox(units, budget, prefer=getattr(importlib.import_module(module), name))
         else:
-            box = BlackBox(units, budget, *load_q(spec, units))
+            q, returns = load_q(spec, units)
+            box = BlackBox(units, budget, q, returns=returns)
         state, action = torch.zeros(2, len(units.mean)), torch.zeros(2, len(units.low))
         state, action = state.to(units.low.device), action.to(units.low.device)
         box._answer(state, action, action)  # shows whether it fits, and nothing about actions
@@ -1584,9 +1585,8 @@ def read_progress(path: Path) -> list[dict[str, float]]:
 
 
 def default_expert(args: argparse.Namespace, task: Task) -> str:
-    """The black box of the task's robot: the one that was trained here, or else a shipped one."""
-    own = expert_folder(args, task) / "model.pt"
-    shipped = Path(__file__).parent / "experts" / f"{task.robot}.pt"
+    """The black box of the task's robot: the one that was trained here, or else the shipped one."""
+    own, shipped = expert_folder(args, task) / "model.pt", shipped_expert(task.robot)
     return str(shipped if shipped.is_file() and not own.is_file() else own)
 
 
@@ -1605,9 +1605,20 @@ def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
     return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(seed))
 
 
+def shipped_expert(robot: str, which: str = "") -> Path:
+    """This project's own black box of a robot, or a weaker one; there may be none."""
+    name = next((name for name, r in ROBOTS.items() if r.gym_id == robot), robot)
+    return Path(__file__).parent / "experts" / f"{name}{which}.pt"
+
+
 def expert_folder(args: argparse.Namespace, task: Task) -> Path:
-    """The run that made the robot's default black box and a local task's datasets."""
-    return Path(args.out, re.sub(r"[^\w.-]", "-", task.robot), "sac-expert", "0")
+    """Of a local task's datasets: of the run that trained the robot's black box, or, where there is
+    none and its history is not asked for, of data made by the shipped ones."""
+    robot = Path(args.out, re.sub(r"[^\w.-]", "-", task.robot))
+    own, replay = robot / "sac-expert" / "0", task.quality == "medium-replay"
+    if not shipped_expert(task.robot, "-medium").is_file() or own.exists() or replay:
+        return own
+    return robot / f"shipped-{args.physics}-{args.dataset_size}" / "0"
 
 
 # What decides where and how fast a run runs, and not what comes out of it.
@@ -1684,30 +1695,42 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def prepare_local_task(args: argparse.Namespace, task: Task) -> None:
-    """Trains ID's black box and makes ID's datasets, if this run needs any of that and lacks it."""
+def prepare_local_task(args: argparse.Namespace, task: Task, envs: list) -> None:
+    """Makes ID's black box and datasets, if this run needs any of that and lacks it."""
     scheme, folder = SCHEMES[args.scheme], expert_folder(args, task)
     needed = (scheme.data and not args.dataset
               or (scheme.spends == "queries" or args.audit) and not args.expert
               or math.isnan(reference_returns(args, task)[0]))
-    there = (folder / "model.pt").is_file()  # written last, so the datasets and scores are too
-    if task.quality and args.scheme != "expert" and needed and not there:
+    there = (folder / "scores.json").is_file()  # written after the datasets
+    if not task.quality or args.scheme == "expert" or not needed or there:
+        return
+    if folder.parent.name == "sac-expert":
         print(f"{folder} has no black box and no data yet: first, SAC trains for"
               f" {args.expert_steps:,} steps (each line says how long is left)")
         same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every",
                 "checkpoint_every")
         train(parse_args(["--scheme=expert", f"--env={task.name}"] + [
             f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]), wait=True)
+        return
+    with locked([folder], wait=True):
+        if not (folder / "scores.json").is_file():
+            print(f"{folder} has no data yet: first, the shipped black boxes make it")
+            paths = shipped_expert(task.robot), shipped_expert(task.robot, "-medium")
+            best, medium = (torch.load(path, args.device, weights_only=True) for path in paths)
+            actor = SquashedActor(len(best["units"][0]), len(best["units"][2])).to(args.device)
+            actor.load_state_dict(best["actor"])
+            make_datasets(args, folder, envs[:10], actor, [(medium["return"], paths[1])],
+                          Units(*best["units"]), {})
 
 
 def make_datasets(args: argparse.Namespace, folder: Path, envs: list, last: SquashedActor,
-                  records: list[tuple[float, int]], units: Units,
+                  records: list[tuple[float, Path]], units: Units,
                   history: dict[str, np.ndarray]) -> None:
     """D4RL's recipe: the datasets of all QUALITIES, and scores.json, from the history of a SAC run.
 
-    records: (return, steps so far) of each evaluation that was the best so far, whose policy is in
-    the folder's model-<steps>.pt. history: D4RL's arrays of the run's own transitions. "medium" is
-    the first record a third of the way from a random policy's to the `last` one's return.
+    records: (return, its model's file) of each evaluation that was the best so far. history: D4RL's
+    arrays of the run's own transitions, or nothing, which makes no medium-replay. "medium" is the
+    first record a third of the way from a random policy's to the `last` one's return.
     """
     size = args.dataset_size
     generator = torch.Generator(units.low.device).manual_seed(int(folder.name))
@@ -1730,19 +1753,19 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs: list, last: Squa
         raise BadInput(f"SAC's return is {final:.1f} after {args.steps:,} steps, a random policy's"
                        f" {zero:.1f}: it has not learned; raise --expert-steps")
     third = zero + (final - zero) / 3
-    samples = next((steps for value, steps in records if value >= third), records[-1][1])
-    actor = target_of(last)
-    actor.load_state_dict(
-        torch.load(folder / f"model-{samples}.pt", weights_only=True)["actor"])
+    record = next((path for value, path in records if value >= third), records[-1][1])
+    saved, actor = torch.load(record, units.low.device, weights_only=True), target_of(last)
+    actor.load_state_dict(saved["actor"])
     medium, expert = collect(sampling(actor), 3 * 10**6), collect(sampling(last), 4 * 10**6)
     scores = {"random": zero, "medium": medium.pop("returns").mean(), "expert": final,
-              "medium_steps": samples, "expert_steps": args.steps}
+              "medium_steps": saved["step"]}
     expert.pop("returns")
     both = {k: np.concatenate([medium[k][: size // 2], expert[k][: size // 2]]) for k in medium}
     both["timeouts"][size // 2 - 1] = True  # nothing follows the first half's last row
-    replay = {k: v[:samples] for k, v in history.items()}
+    replay = {k: v[: saved["step"]] for k, v in history.items()}
     for quality, arrays in zip(QUALITIES, (random, medium, replay, both, expert), strict=True):
-        write_dataset(folder / f"{quality}.hdf5", arrays)
+        if arrays:
+            write_dataset(folder / f"{quality}.hdf5", arrays)
     write_text(folder / "scores.json", json.dumps(scores, indent=2))
 
 
@@ -1831,7 +1854,7 @@ class Run:
         self.envs = make_envs(task, args)
         spec, box = self.envs[0].spec, self.envs[0].action_space
         dims = self.envs[0].observation_space.shape[0], box.shape[0]
-        prepare_local_task(args, task)
+        prepare_local_task(args, task, self.envs)
         expert = args.expert or default_expert(args, task)
         if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
             raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
@@ -1886,7 +1909,7 @@ class Run:
 
     def save_model(self, k: int, name: str, returns: float) -> None:
         """Writes what a black box and a policy of seed number k are made of."""
-        saved = {"algo": self.args.algo, "env": self.args.env, "return": returns,
+        saved = {"algo": self.args.algo, "env": self.args.env, "step": self.step, "return": returns,
                  "units": list(self.units)} | {
             name: unstack(net, k, len(self.seeds)).state_dict()
             for name, net in (("actor", self.agent.actor), ("critic", self.agent.critic))}
@@ -2008,8 +2031,9 @@ def finish(run: Run) -> None:
     args, count = run.args, len(run.seeds)
     for k, log in enumerate(run.logs):
         if args.scheme == "expert" and run.task.quality:
+            records = [(value, log.folder / f"model-{step}.pt") for value, step in run.records[k]]
             make_datasets(args, log.folder, run.envs[: len(run.envs) // count],
-                          unstack(run.agent.actor, k, count), run.records[k], run.units,
+                          unstack(run.agent.actor, k, count), records, run.units,
                           history(run.data, run.interaction, k))
         run.save_model(k, "model.pt", final_score(log.rows, "return"))
         if math.isfinite(log.zero):

@@ -1309,6 +1309,30 @@ def test_every_scheme_with_both_algorithms(out, scheme, algo):
     assert (folder / "progress.csv").stat().st_mtime_ns == before
 
 
+def test_shipped_black_boxes_spare_the_training(out, tmp_path, monkeypatch, capsys):
+    """They are what a robot's tasks ask, and what a local task's data is made by."""
+    trained = Path(out, "Point-v0/sac-expert/0")
+    weaker = sorted(trained.glob("model-*.pt"), key=lambda path: int(path.stem[6:]))
+    assert [torch.load(path, weights_only=True)["step"] for path in weaker] == [
+        int(path.stem[6:]) for path in weaker]
+    files = {"": trained / "model.pt", "-medium": weaker[-1]}
+    monkeypatch.setattr(oap, "shipped_expert", lambda robot, which="": files[which])
+    argv = [f"--out={tmp_path}", "--dataset-size=500", "--expert-steps=900"]
+    assert run(*argv) == 0 and not (tmp_path / "Point-v0/sac-expert").exists()
+    made = tmp_path / "Point-v0/shipped-exact-500/0"
+    assert {path.stem for path in made.glob("*.hdf5")} == set(oap.QUALITIES) - {"medium-replay"}
+    config = json.loads((tmp_path / "Point-v0-medium/td3bc-oap/0/config.json").read_text())
+    assert config["protocol"]["black_box"] == str(files[""])
+    known = torch.load(files[""], weights_only=True)["return"]
+    scores = json.loads((made / "scores.json").read_text())
+    assert config["protocol"]["black_box_score"] == pytest.approx(
+        100 * (known - scores["random"]) / (scores["expert"] - scores["random"]))
+    assert run(*argv, "--tag=again", f"--expert={weaker[0]}") == 0
+    assert capsys.readouterr().out.count("the shipped black boxes make it") == 1
+    assert oap.main(["--env=Point-v0:medium-replay", *SMALL, *argv]) == 0
+    assert (tmp_path / "Point-v0/sac-expert/0/medium-replay.hdf5").is_file()
+
+
 def test_no_black_box_is_trained_for_a_run_that_needs_none(out, tmp_path, monkeypatch):
     """Hopper has D4RL's reference returns, so an offline run on a file needs nothing of SAC's."""
     oap.write_dataset(tmp_path / "d.hdf5", {
