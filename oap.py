@@ -1587,7 +1587,7 @@ def read_progress(path: Path) -> list[dict[str, float]]:
 def default_expert(args: argparse.Namespace, task: Task) -> str:
     """The black box of the task's robot: the one that was trained here, or else the shipped one."""
     own, shipped = expert_folder(args, task) / "model.pt", shipped_expert(task.robot)
-    return str(shipped if shipped.is_file() and not own.is_file() else own)
+    return os.path.relpath(shipped if shipped.is_file() and not own.is_file() else own)
 
 
 def column(args: argparse.Namespace) -> str:
@@ -2177,8 +2177,9 @@ def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
             "exploration_noise": scheme.spends == "interactions"}
     read |= {"expert_steps": True} if expert else {}
     said = FREE | {"env", "scheme", "algo", "timing", "ranknet", "audit", "tag"}
-    text = {k: "--" + "no-" * (v is False) + k.replace("_", "-") + f" {v}" * (v not in (0, 1))
-            for k, v in vars(args).items() if k not in said and v != usual.get(k)}
+    text = {k: "--" + "no-" * (v is False) + k.replace("_", "-") + (
+        "" if isinstance(v, bool) else f" {v}") for k, v in vars(args).items()
+        if k not in said and v != usual.get(k)}
     return (" ".join(text[k] for k in text if k not in read),
             {k: text.get(k, "") for k in read if read[k]})
 
@@ -2197,6 +2198,7 @@ def read_runs(root: Path) -> tuple:
             config = json.loads(path.read_text())
             args, known = argparse.Namespace(**config["args"]), config["protocol"]
             args.budget = math.inf if args.budget is None else args.budget
+            args.expert = known.get("black_box")  # also if it was the default
             task, rows = parse_task(args.env), read_progress(path.parent / "progress.csv")
             updates = args.steps + args.finetune_steps * SCHEMES[args.scheme].finetune
             protocol, own = changed_flags(args)

@@ -1187,7 +1187,8 @@ def write_run(root, scores, *argv, seed=0, steps=(500_000, 1_000_000, 1_100_000)
     args = oap.parse_args([*argv, f"--out={root}", f"--seed={seed}"])
     log = oap.Log(oap.run_folder(args, oap.parse_task(args.env), seed), 0.0, 100.0)
     log.folder.mkdir(parents=True)
-    log.begin(args, {"physics": "exact", "episodes": 10, "black_box_score": box})
+    known = {"black_box": args.expert or "hopper.pt", "black_box_score": box} if box else {}
+    log.begin(args, {"physics": "exact", "episodes": 10} | known)
     log.rows = [{"step": step, "score": score, "return": score}
                 for step, score in zip(steps, scores, strict=False)]
     log.write_rows()
@@ -1266,13 +1267,19 @@ def test_a_report_never_mixes_and_says_what_is_partial_or_broken(tmp_path, capsy
     assert "- `--steps 2000 --finetune-steps 500 --interval 500`: oap\n" in report
 
 
-def test_runs_of_another_length_get_another_column(tmp_path, capsys):
+def test_a_report_has_a_column_for_each_length_and_black_box(tmp_path, capsys):
     for i, steps in enumerate((1000, 2000)):
-        argv = ["--env=Walker2d-v4:medium", "--scheme=offline", f"--steps={steps}"]
+        argv = ["--env=Walker2d-v4:medium", "--scheme=offline", f"--steps={steps}", "--discount=1"]
         write_run(tmp_path / str(i), [10 * i], *argv, steps=[steps])
+        argv = ["--env=Walker2d-v4:medium", f"--expert={i}.pt", "--discount=1"]
+        write_run(tmp_path / str(i), [20 * i], *argv, steps=[1_100_000], box=100)
     report, _ = report_of(tmp_path, capsys)
     assert "| offline --steps 1000 | offline --steps 2000 |" in report
-    assert cells(report, "Walker2d-v4:medium")[:2] == ["0.0 (1 × 1k)", "10.0 (1 × 2k)"]
+    assert "| oap --expert 0.pt | oap --expert 1.pt |" in report
+    assert "## td3bc, `--discount 1.0`" in report
+    found = cells(report, "Walker2d-v4:medium")
+    assert found[:2] + found[-2:] == [
+        "0.0 (1 × 1k)", "10.0 (1 × 2k)", "0.0 (1 × 1,100k)", "20.0 (1 × 1,100k)"]
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path, capsys):
@@ -1322,7 +1329,7 @@ def test_shipped_black_boxes_spare_the_training(out, tmp_path, monkeypatch, caps
     made = tmp_path / "Point-v0/shipped-exact-500/0"
     assert {path.stem for path in made.glob("*.hdf5")} == set(oap.QUALITIES) - {"medium-replay"}
     config = json.loads((tmp_path / "Point-v0-medium/td3bc-oap/0/config.json").read_text())
-    assert config["protocol"]["black_box"] == str(files[""])
+    assert config["protocol"]["black_box"] == os.path.relpath(files[""])
     known = torch.load(files[""], weights_only=True)["return"]
     scores = json.loads((made / "scores.json").read_text())
     assert config["protocol"]["black_box_score"] == pytest.approx(
