@@ -47,6 +47,8 @@ What the paper leaves open, and what is done here:
 12. Local tasks ID:QUALITY follow D4RL's recipe with "a third of the final return" counted from a
     random policy's return, which gives it a meaning for negative returns too. medium-expert is half
     of each, not both.
+13. A black box is SAC's policy and Q at its best evaluation, scored over 100 other episodes: on
+    some robots SAC's last policy is a poor one.
 """
 
 import argparse
@@ -1677,13 +1679,16 @@ def locked(folders: list[Path], wait: bool):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that Ctrl-C and SIGTERM append to, to be heeded between updates. Twice is at once."""
-    received: list[int] = []
+    """A list that Ctrl-C and SIGTERM append to, to be heeded between updates.
+
+    A second later, another one is heeded at once: run_all.sh and a terminal may both send one.
+    """
+    received: list[float] = []
 
     def handle(number: int, frame) -> None:
-        if received:
+        received.append(time.time())
+        if received[-1] > received[0] + 1:
             raise KeyboardInterrupt
-        received.append(number)
 
     main = threading.current_thread() is threading.main_thread()
     old = {number: signal.signal(number, handle)
@@ -1715,24 +1720,29 @@ def prepare_local_task(args: argparse.Namespace, task: Task, envs: list) -> None
     with locked([folder], wait=True):
         if not (folder / "scores.json").is_file():
             print(f"{folder} has no data yet: first, the shipped black boxes make it")
-            paths = shipped_expert(task.robot), shipped_expert(task.robot, "-medium")
-            best, medium = (torch.load(path, args.device, weights_only=True) for path in paths)
-            actor = SquashedActor(len(best["units"][0]), len(best["units"][2])).to(args.device)
-            actor.load_state_dict(best["actor"])
-            make_datasets(args, folder, envs[:10], actor, [(medium["return"], paths[1])],
-                          Units(*best["units"]), {})
+            paths = [shipped_expert(task.robot, which) for which in ("-medium", "")]
+            make_datasets(args, folder, envs[:10], [load_sac(p, args.device) for p in paths], {})
 
 
-def make_datasets(args: argparse.Namespace, folder: Path, envs: list, last: SquashedActor,
-                  records: list[tuple[float, Path]], units: Units,
+def load_sac(path: Path, device: str) -> tuple[SquashedActor, dict]:
+    """The policy of a model's file that SAC wrote, and all that is in the file."""
+    saved = torch.load(path, device, weights_only=True)
+    actor = SquashedActor(len(saved["units"][0]), len(saved["units"][2])).to(device)
+    actor.load_state_dict(saved["actor"])
+    return actor, saved
+
+
+def make_datasets(args: argparse.Namespace, folder: Path, envs: list,
+                  records: list[tuple[SquashedActor, dict]],
                   history: dict[str, np.ndarray]) -> None:
     """D4RL's recipe: the datasets of all QUALITIES, and scores.json, from the history of a SAC run.
 
-    records: (return, its model's file) of each evaluation that was the best so far. history: D4RL's
-    arrays of the run's own transitions, or nothing, which makes no medium-replay. "medium" is the
-    first record a third of the way from a random policy's to the `last` one's return.
+    records: `load_sac` of the evaluations that were the best so far; the last one is the expert.
+    history: D4RL's arrays of the run's own transitions, or nothing, which makes no medium-replay.
+    "medium" is the first record a third of the way from a random policy's to the expert's return.
     """
-    size = args.dataset_size
+    best, size = records[-1][1], args.dataset_size
+    units, final = Units(*best["units"]), best["return"]
     generator = torch.Generator(units.low.device).manual_seed(int(folder.name))
     noise = torch.empty(len(envs), len(units.low), device=units.low.device)
 
@@ -1746,17 +1756,15 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs: list, last: Squa
     def sampling(actor: SquashedActor) -> Callable[[Tensor], Tensor]:
         return lambda state: actor.sample(state, noise.normal_(generator=generator))[0]
 
-    final = evaluate(envs, raw_policy(last, units), 100, [10**6]).mean()
     random = collect(lambda state: noise.uniform_(-1, 1, generator=generator), seed=2 * 10**6)
     zero = random.pop("returns").mean()
     if final <= zero:
         raise BadInput(f"SAC's return is {final:.1f} after {args.steps:,} steps, a random policy's"
                        f" {zero:.1f}: it has not learned; raise --expert-steps")
     third = zero + (final - zero) / 3
-    record = next((path for value, path in records if value >= third), records[-1][1])
-    saved, actor = torch.load(record, units.low.device, weights_only=True), target_of(last)
-    actor.load_state_dict(saved["actor"])
-    medium, expert = collect(sampling(actor), 3 * 10**6), collect(sampling(last), 4 * 10**6)
+    actor, saved = next(record for record in records if record[1]["return"] >= third)
+    medium = collect(sampling(actor), 3 * 10**6)
+    expert = collect(sampling(records[-1][0]), 4 * 10**6)
     scores = {"random": zero, "medium": medium.pop("returns").mean(), "expert": final,
               "medium_steps": saved["step"]}
     expert.pop("returns")
@@ -1883,7 +1891,7 @@ class Run:
             key: value for box in self.black_boxes[:1] for key, value in (
                 ("black_box", expert), ("black_box_score", score(box.returns)))})
         self.step, self.losses, self.clock = 0, {}, Clock()
-        self.records: list[list[tuple]] = [[] for _ in seeds]  # an expert's, for make_datasets
+        self.records: list[list[int]] = [[] for _ in seeds]  # an expert's best evaluations' steps
         self.checkpoint = self.logs[0].folder / "checkpoint.pt"  # of all seeds
 
     def tensors(self) -> list[Tensor]:
@@ -1897,7 +1905,7 @@ class Run:
 
     def save(self) -> None:
         state = {
-            "version": 1, "step": self.step, "checksum": self.checksum, "losses": self.losses,
+            "version": 2, "step": self.step, "checksum": self.checksum, "losses": self.losses,
             "tensors": self.tensors(), "generators": [g.get_state() for g in self.generators],
             "queries": [vars(queries) for queries in self.queries],
             "asked": [(box.asked, box.audited) for box in self.black_boxes],
@@ -1923,7 +1931,7 @@ class Run:
             version, shapes = state["version"], [x.shape for x in state["tensors"]]
         except Exception as error:  # noqa: BLE001 whatever a broken file makes torch raise
             raise BadInput(f"{self.checkpoint} can't be read; {anew}") from error
-        if version != 1 or shapes != [x.shape for x in self.tensors()]:
+        if version != 2 or shapes != [x.shape for x in self.tensors()]:
             raise BadInput(f"{self.checkpoint} is another version's; {anew}")
         if state["checksum"] != self.checksum:
             raise BadInput(f"{self.checkpoint} was made with another dataset; {anew}")
@@ -2016,10 +2024,10 @@ def learn(run: Run, stop: list) -> None:
                 log.row |= {"interactions": run.interaction.steps} if run.interaction else {}
                 log.row |= {"queries": run.black_boxes[k].asked} if run.black_boxes else {}
                 log.write(step, run.updates, float(returns[k]), clock)
-                best, records = float(returns[k]), run.records[k]
-                if args.scheme == "expert" and (not records or best > records[-1][0]):
-                    records.append((best, step))
-                    run.save_model(k, f"model-{step}.pt", best)
+                if args.scheme == "expert" and returns[k] > max(
+                        (row["return"] for row in log.rows[:-1]), default=-math.inf):
+                    run.records[k].append(step)
+                    run.save_model(k, f"model-{step}.pt", float(returns[k]))
         if step % args.checkpoint_every == 0 or last or stop:
             run.save()
         if stop and not last:
@@ -2027,19 +2035,33 @@ def learn(run: Run, stop: list) -> None:
 
 
 def finish(run: Run) -> None:
-    """Writes the datasets of a local task's expert, and model.pt, which marks a finished run."""
-    args, count = run.args, len(run.seeds)
+    """Writes model.pt, which marks a finished run, and before it what a black box leaves behind."""
     for k, log in enumerate(run.logs):
-        if args.scheme == "expert" and run.task.quality:
-            records = [(value, log.folder / f"model-{step}.pt") for value, step in run.records[k]]
-            make_datasets(args, log.folder, run.envs[: len(run.envs) // count],
-                          unstack(run.agent.actor, k, count), records, run.units,
-                          history(run.data, run.interaction, k))
-        run.save_model(k, "model.pt", final_score(log.rows, "return"))
-        if math.isfinite(log.zero):
-            print(f"{log.folder}: score {final_score(log.rows):.1f}, the mean of the last 10"
-                  " evaluations")
+        value, what = final_score(log.rows, "return"), "the mean of the last 10 evaluations"
+        if run.args.scheme == "expert":
+            value, what = finish_expert(run, k), "the best evaluation's policy over 100 episodes"
+        else:
+            run.save_model(k, "model.pt", value)
+        print(f"{log.folder}: return {value:,.1f}, score {log.score(value):.1f}, {what}")
     run.checkpoint.unlink(missing_ok=True)
+
+
+def finish_expert(run: Run, k: int) -> float:
+    """Writes the datasets of a local task, scores.json, and the best policy (point 13) as model.pt.
+
+    Returns its mean return over 100 episodes that no choice was made by.
+    """
+    log, envs = run.logs[k], run.envs[: len(run.envs) // len(run.seeds)]
+    records = [
+        load_sac(log.folder / f"model-{step}.pt", run.args.device) for step in run.records[k]]
+    actor, best = records[-1]
+    best["return"] = evaluate(envs, raw_policy(actor, run.units), 100, [10**6]).mean().item()
+    if run.task.quality:
+        make_datasets(run.args, log.folder, envs, records, history(run.data, run.interaction, k))
+    else:
+        write_text(log.folder / "scores.json", json.dumps({"expert": best["return"]}))
+    write_atomic(log.folder / "model.pt", lambda part: torch.save(best, part))
+    return best["return"]
 
 
 def train(args: argparse.Namespace, wait: bool = False) -> list[list[dict[str, float]]]:
@@ -2202,13 +2224,17 @@ def read_runs(root: Path) -> tuple:
             task, rows = parse_task(args.env), read_progress(path.parent / "progress.csv")
             updates = args.steps + args.finetune_steps * SCHEMES[args.scheme].finetune
             protocol, own = changed_flags(args)
-            if math.isnan(final_score(rows)):
+            score, scores = final_score(rows), path.parent / "scores.json"
+            if scores.is_file() and (low := known["return_0"]) is not None:  # Table 4's
+                high = known["return_100"]
+                score = 100 * (json.loads(scores.read_text())["expert"] - low) / (high - low)
+            if math.isnan(score):
                 raise ValueError("has no normalised score")
             runs.append({
                 "algo": args.algo, "protocol": protocol, "column": column(args), "own": own,
                 "label": column(args) + f"-{args.tag}" * bool(args.tag), "tag": args.tag,
                 "task": task.robot if args.scheme == "expert" else task.name,
-                "seed": int(path.parent.name), "score": final_score(rows),
+                "seed": int(path.parent.name), "score": score,
                 "step": int(rows[-1]["step"]), "updates": updates,
                 "done": rows[-1]["step"] >= updates, "rows": pd.DataFrame(rows),
                 "box": known.get("black_box_score"), "folder": path.parent,

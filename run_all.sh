@@ -31,9 +31,10 @@ done; done; done
 share=${SLURM_ARRAY_TASK_ID:-0} shares=${SLURM_ARRAY_TASK_COUNT:-1}
 
 failed=$(mktemp) && trap 'rm -f "$failed"' EXIT
-trap 'kill 0' INT TERM
 queue() {  # GPU, its place among the GPUs, arguments for every run
-  local gpu=$1 place=$2 i=-1 run
+  local gpu=$1 place=$2 i=-1 run child="" stopped="" status
+  # The run saves its checkpoint before it leaves.
+  trap 'stopped=1; [ -z "$child" ] || kill "$child" 2>/dev/null' INT TERM
   [ "$gpu" = none ] || export CUDA_VISIBLE_DEVICES=$gpu
   for run in "${runs[@]}"; do
     i=$((i + 1))
@@ -41,15 +42,24 @@ queue() {  # GPU, its place among the GPUs, arguments for every run
     # shellcheck disable=SC2086  # a run is several words
     if [ -n "${DRY_RUN:-}" ]; then
       echo "python oap.py $run ${*:3}"
-    else
-      python oap.py $run "${@:3}" || echo "$run" >> "$failed"
+      continue
     fi
+    # shellcheck disable=SC2086
+    python oap.py $run "${@:3}" &
+    child=$!
+    wait "$child"
+    status=$?
+    [ -z "$stopped" ] || { wait "$child"; return; }  # a signal ends the first wait
+    [ $status -eq 0 ] || echo "$run" >> "$failed"
   done
 }
+stopped="" queues=()
 for place in "${!gpus[@]}"; do
   queue "${gpus[place]}" "$place" "$@" &
+  queues+=($!)
 done
+trap 'stopped=1; kill "${queues[@]}" 2>/dev/null' INT TERM
 wait
-[ -s "$failed" ] || exit 0
-echo "failed runs:" && cat "$failed"
-exit 1
+[ -z "$stopped" ] || { wait; echo "stopped: the same command goes on"; }
+[ ! -s "$failed" ] || { echo "failed runs:" && cat "$failed"; }
+[ -z "$stopped" ] && [ ! -s "$failed" ]
