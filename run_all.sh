@@ -31,13 +31,20 @@ done; done; done
 share=${SLURM_ARRAY_TASK_ID:-0} shares=${SLURM_ARRAY_TASK_COUNT:-1}
 
 failed=$(mktemp) && trap 'rm -f "$failed"' EXIT
+stopped="" children=()
+# A signal is passed on, run by run: each saves its checkpoint before it leaves.
+trap 'stopped=1; kill "${children[@]}" 2>/dev/null' INT TERM
+begin() {  # a command, in the background, also if a signal comes right now
+  "$@" &
+  children+=($!)
+  [ -z "$stopped" ] || kill $! 2>/dev/null
+}
 queue() {  # GPU, its place among the GPUs, arguments for every run
-  local gpu=$1 place=$2 i=-1 run child="" stopped="" status
-  # The run saves its checkpoint before it leaves.
-  trap 'stopped=1; [ -z "$child" ] || kill "$child" 2>/dev/null' INT TERM
+  local gpu=$1 place=$2 i=-1 run status
+  trap 'stopped=1; kill "${children[@]}" 2>/dev/null' INT TERM
   [ "$gpu" = none ] || export CUDA_VISIBLE_DEVICES=$gpu
   for run in "${runs[@]}"; do
-    i=$((i + 1))
+    i=$((i + 1)) children=()
     [ $((i % shares)) -eq "$share" ] && [ $((i / shares % ${#gpus[@]})) -eq "$place" ] || continue
     # shellcheck disable=SC2086  # a run is several words
     if [ -n "${DRY_RUN:-}" ]; then
@@ -45,20 +52,16 @@ queue() {  # GPU, its place among the GPUs, arguments for every run
       continue
     fi
     # shellcheck disable=SC2086
-    python oap.py $run "${@:3}" &
-    child=$!
-    wait "$child"
+    begin python oap.py $run "${@:3}"
+    wait $!
     status=$?
-    [ -z "$stopped" ] || { wait "$child"; return; }  # a signal ends the first wait
+    [ -z "$stopped" ] || { wait; return; }  # a signal ends the first wait
     [ $status -eq 0 ] || echo "$run" >> "$failed"
   done
 }
-stopped="" queues=()
 for place in "${!gpus[@]}"; do
-  queue "${gpus[place]}" "$place" "$@" &
-  queues+=($!)
+  begin queue "${gpus[place]}" "$place" "$@"
 done
-trap 'stopped=1; kill "${queues[@]}" 2>/dev/null' INT TERM
 wait
 [ -z "$stopped" ] || { wait; echo "stopped: the same command goes on"; }
 [ ! -s "$failed" ] || { echo "failed runs:" && cat "$failed"; }

@@ -1768,3 +1768,46 @@ def test_run_all_loops_over_everything_and_knows_no_hyperparameters():
             "--env b", "--env=Point-v0:medium").split()[2:])  # fmt: skip
     source = (HERE / "run_all.sh").read_text()
     assert not any(f"--{flag}" in source for flag in ("steps", "budget", "lr", "interval"))
+
+
+STAND_IN = """#!/bin/sh
+trap 'echo "stopped $3" >> log; kill $!; exit 2' TERM
+echo "began $3 on $CUDA_VISIBLE_DEVICES" >> log
+[ ! -e slow ] || { sleep 60 & wait $!; }
+[ "$3" != b ] || exit 2
+touch "finished-$3-$5"
+"""
+
+
+def test_run_all_survives_failures_and_stops(tmp_path):
+    """With a stand-in for python: what matters here is which runs are begun, where, and ended."""
+    shutil.copy(HERE / "run_all.sh", tmp_path)
+    (tmp_path / "python").write_text(STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GPUS": "4 7", "TASKS": "a b c",
+                        "SCHEMES": "offline oap"}  # fmt: skip
+
+    def run_all(**more):
+        return subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, env=env | more, text=True,
+                                stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+    (tmp_path / "slow").touch()
+    for kill in (os.kill, os.killpg):  # the script alone, and as a terminal does it
+        process = run_all()
+        while not (tmp_path / "log").is_file() or len((tmp_path / "log").read_text()) < 20:
+            time.sleep(0.01)
+        kill(process.pid, signal.SIGTERM)
+        assert "the same command goes on" in process.communicate(timeout=20)[0]
+        assert process.returncode == 1 and not list(tmp_path.glob("finished*"))
+        lines = (tmp_path / "log").read_text().splitlines()
+        assert sum("began" in x for x in lines) == sum("stopped" in x for x in lines) > 0
+        (tmp_path / "log").unlink()
+    (tmp_path / "slow").unlink()
+    for share in "01":
+        process = run_all(SLURM_ARRAY_TASK_ID=share, SLURM_ARRAY_TASK_COUNT="2")
+        failed = process.communicate(timeout=20)[0]
+        assert process.returncode == 1 and failed.count("--env b") == failed.count("--env") == 1
+    assert {p.name for p in tmp_path.glob("finished*")} == {
+        f"finished-{task}-{scheme}" for task in "ac" for scheme in ("offline", "oap")}
+    began = [x for x in (tmp_path / "log").read_text().splitlines() if x.startswith("began")]
+    assert len(began) == 6 and sum(x.endswith("on 4") for x in began) == 4
