@@ -66,12 +66,12 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import zipfile
@@ -119,7 +119,7 @@ QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 
 
 class BadInput(ValueError):
-    """What the user can mend: `main` prints its one line and returns 2."""
+    """A mistake that the user can fix: `main` prints it in one line and returns 2."""
 
 
 def number(low: float, high: float = 1e12, kind: type = float) -> Callable[[str], float]:
@@ -171,7 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--compile", action="store_true", help="torch.compile for updates: faster after a minute")
     add("--cuda-graph", action=switch, help="for updates (default: with CUDA)")
-    add("--checkpoint-every", type=count, default=50_000, help="updates, and when it is stopped")
+    add("--checkpoint-every", type=count, default=50_000,
+        help="updates between checkpoints; Ctrl-C and SIGTERM write one too")
     add("--tensorboard", action="store_true", help="log to the run's folder too")
     add("--wandb", action="store_true", help="log to Weights & Biases' project oap too")
     add("--physics", choices=("exact", "stock"), default="exact", help="D4RL's MuJoCo, or today's")
@@ -230,10 +231,8 @@ class Batch(NamedTuple):
 
 
 def due(step: int, budget: float, start: int, stop: int) -> float:
-    """How much of `budget`, spent evenly over updates start < t <= stop, is spent by `step`.
-
-    Exact for budgets that do not divide: whole numbers that reach `budget` at `stop`, never above.
-    """
+    """What of `budget`, spent evenly over updates start < t <= stop, is due by `step`: exact, and
+    never above `budget`, also where it does not divide."""
     done = min(max(step - start, 0), stop - start)
     return budget if math.isinf(budget) else budget * done // (stop - start)
 
@@ -289,8 +288,8 @@ def train_ranknet(ranknet: RankNet, optimizer: "Adam", pairs: tuple[Tensor, ...]
                   generator: torch.Generator, batch_size: int = 256) -> float:
     """Descends Eq. 3 on D_q = (state, action, policy_action, prefers_data) of M rows each.
 
-    Batches with that many samples run through D_q in one random order after the other. Returns the
-    mean loss of the last M samples, in nats: log 2 is what guessing costs.
+    Takes as many steps as `samples` need, through D_q in one random order after another. Returns
+    the mean loss of the last M samples, in nats: log 2 is what guessing costs.
     """
     losses, steps = [], math.ceil(samples / batch_size)
     while len(losses) < steps:
@@ -345,13 +344,14 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
     preferred[chosen] = torch.where(prefers_data[:, None], action[chosen], pi[chosen])
     log = {"divergence": ranking.mean().item(),
            "prefers_policy": 1 - prefers_data.float().mean().item()}
-    if black_box.q is not None:  # no answer is used that was not paid for
-        i = queries.asked.nonzero().squeeze(1)
-        log["bound"] = improvement_bound(black_box.value, state[i], action[i], preferred[i])
+    if black_box.q is not None:  # over what was asked about: this needs no further query
+        asked = queries.asked.nonzero().squeeze(1)
+        log["bound"] = improvement_bound(
+            black_box.value, state[asked], action[asked], preferred[asked])
     rest = (~queries.asked).nonzero().squeeze(1)
     if ranknet is not None and len(rest):
-        i = queries.index
-        pairs = (state[i], action[i], queries.policy_action, queries.prefers_data)
+        pairs = (state[queries.index], action[queries.index], queries.policy_action,
+                 queries.prefers_data)
         log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs * count, generator)
         prefers_data = in_chunks(lambda i: pseudo_query(ranknet, state[i], action[i], pi[i]), rest)
         preferred[rest] = torch.where(prefers_data[:, None], action[rest], pi[rest])
@@ -389,12 +389,9 @@ class MLP(nn.ModuleList):
         return last(x)
 
     def draw(self, generators: list[torch.Generator], *shape: int) -> Tensor | None:
-        """The hidden units that dropout keeps: bools (S, *shape, units), None without dropout.
-
-        16 random bits decide on each, which a CPU draws faster than numbers.
-        """
+        """The hidden units that dropout keeps: bools (S, *shape, units), None without dropout."""
         if not self.dropout:
-            return None
+            return None  # else 16 random bits decide on each, which a CPU draws faster than floats
         shape = (*shape, sum(self.hidden))
         bits = draw_integers(generators, -(-math.prod(shape) // 4)).view(torch.int16)
         keep = bits[:, : math.prod(shape)] >= round(2**16 * self.dropout) - 2**15
@@ -485,10 +482,7 @@ class Adam:
 
 
 def descend(optimizer: Adam, loss: Tensor) -> Tensor:
-    """One step of the optimizer's parameters; no other network gets a gradient. Returns the loss.
-
-    A loss (S,) of S seeds is summed: no parameter is in two of them.
-    """
+    """A step of the optimizer's parameters and of no others; returns the loss, (S,) for S seeds."""
     optimizer.step(torch.autograd.grad(loss.sum(), optimizer.parameters))
     return loss.detach()
 
@@ -605,10 +599,7 @@ def iql_value_loss(value: nn.Module, q: Tensor, batch: Batch, expectile: float) 
 
 def iql_actor_loss(actor: GaussianActor, value: nn.Module, q: Tensor, batch: Batch, beta: float,
                    keep: Tensor | None = None) -> Tensor:
-    """Advantage-weighted regression (IQL's Eq. 7) towards ã: OAP's Eq. 6 for IQL (point 6).
-
-    q = Q(s, ã) (B,); keep, dropout's mask of the actor.
-    """
+    """Advantage-weighted regression (IQL's Eq. 7) towards ã, with q = Q(s, ã) (B,): point 6."""
     with torch.no_grad():
         weight = (beta * (q - value(batch.state).squeeze(-1))).exp().clamp(max=100)  # (B,)
     return -(weight * actor.log_prob(batch.state, batch.preferred, keep)).mean(-1)
@@ -689,7 +680,6 @@ class SAC:
     def __init__(self, networks: nn.ModuleDict, args: argparse.Namespace, updates: float):
         self.args, self.actor, self.critic = args, networks["actor"], networks["critic"]
         self.temperature, self.critic_target = networks["temperature"], target_of(self.critic)
-        self.action_dim = self.actor[-1].out_features // 2
         self.temperature_opt = Adam(self.temperature, args.lr)
         self.actor_opt, self.critic_opt = Adam(self.actor, args.lr), Adam(self.critic, args.lr)
 
@@ -697,7 +687,7 @@ class SAC:
         return self.actor.sample(state, noise)[0]
 
     def draw(self, generators: list[torch.Generator], batch_size: int) -> Tensor:
-        return normal(generators, 2, batch_size, self.action_dim)
+        return normal(generators, 2, batch_size, self.actor[-1].out_features // 2)
 
     def update(self, batch: Batch, noise: Tensor, delayed: bool) -> dict[str, Tensor]:
         a, temperature = self.args, self.temperature["log"].detach().exp()
@@ -709,7 +699,7 @@ class SAC:
         actor_loss, log_prob = sac_actor_loss(self.actor, self.critic, temperature, batch, noise)
         actor_loss = descend(self.actor_opt, actor_loss)
         descend(self.temperature_opt, sac_temperature_loss(
-            self.temperature["log"], log_prob, -self.action_dim))
+            self.temperature["log"], log_prob, -noise.shape[-1]))
         polyak_update(self.critic_target, self.critic, a.polyak)
         return {"critic_loss": critic_loss, "actor_loss": actor_loss}
 
@@ -721,7 +711,8 @@ ALGORITHMS = {"td3bc": TD3BC, "iql": IQL, "sac": SAC}
 
 
 class Units(NamedTuple):
-    """How learners see a task: (s - mean) / std, actions from [low, high] in [-1, 1], rewards."""
+    """How learners see a task: (s - mean) / std, actions from [low, high] mapped to [-1, 1], and
+    rewards scaled and shifted."""
 
     mean: Tensor  # (O,)
     std: Tensor  # (O,)
@@ -757,7 +748,7 @@ class BlackBox:
     def __init__(self, units: Units, budget: float, q: Callable | None = None,
                  prefer: Callable | None = None, returns: float = math.nan):
         self.units, self.budget, self.q, self.prefer = units, budget, q, prefer
-        self.returns = returns  # of its own policy, the mean, if known
+        self.returns = returns  # the mean return of the policy that it belongs to, if known
         self.asked = self.audited = 0
 
     def __call__(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
@@ -793,7 +784,7 @@ class BlackBox:
 
 
 def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
-    """A black box from a file, without executing pickled code, or from "module:function".
+    """A black box from a file, no pickled code of which is run, or from "module:function".
 
     Raises BadInput if it can't be read or does not fit the task.
     """
@@ -805,9 +796,8 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
         else:
             q, returns = load_q(spec, units)
             box = BlackBox(units, budget, q, returns=returns)
-        state, action = torch.zeros(2, len(units.mean)), torch.zeros(2, len(units.low))
-        state, action = state.to(units.low.device), action.to(units.low.device)
-        box._answer(state, action, action)  # shows whether it fits, and nothing about actions
+        state, action = (x.new_zeros(2, len(x)) for x in (units.mean, units.low))
+        box._answer(state, action, action)  # on zeros and not counted: does it fit?
     except Exception as error:  # noqa: BLE001 whatever a user's file or function raises
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(f"black box {spec}, for {len(units.mean)}-dimensional states and"
@@ -816,32 +806,27 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
 
 
 def load_q(path: str, units: Units) -> tuple[Callable[[Tensor, Tensor], Tensor], float]:
-    """Q*(s, a) of raw states and actions from a file, whose content tells the three kinds apart.
-
-    Also the mean return of the policy that it belongs to, NaN if the file does not say it.
-    """
-    device = units.low.device
+    """Q*(s, a) of raw states and actions from a file, and its policy's mean return or NaN."""
+    load = functools.partial(torch.load, map_location=units.low.device, weights_only=True)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if any("/code/" in name for name in names):
-            script = torch.jit.load(path, map_location=device).eval()
+            script = torch.jit.load(path, map_location=units.low.device).eval()
             return (lambda s, a: script(s, a).reshape(len(s), -1).squeeze(1)), math.nan
-        stable_baselines3 = "policy.pth" in names
-        if stable_baselines3:
+        if "policy.pth" in names:  # Stable-Baselines3's, which sees raw states
             if "activation_fn" in str(json.loads(archive.read("data")).get("policy_kwargs")):
                 raise BadInput("only Stable-Baselines3's default activation, ReLU, is read")
-            path = io.BytesIO(archive.read("policy.pth"))
-            units = units._replace(mean=units.mean * 0, std=units.std * 0 + 1)  # raw states
-    saved = torch.load(path, map_location=device, weights_only=True)
-    returns = saved.get("return", math.nan)
-    if not stable_baselines3:
-        units = Units(*saved["units"])
-        saved = {f"critic.{k}": v for k, v in saved["critic"].items()}
+            saved, returns = load(io.BytesIO(archive.read("policy.pth"))), math.nan
+            units = units._replace(mean=units.mean * 0, std=units.std * 0 + 1)
+        else:
+            saved = load(path)
+            units, returns = Units(*saved["units"]), saved["return"]
+            saved = {f"critic.{k}": v for k, v in saved["critic"].items()}
     critics = []
     for name in sorted({key[:key.index(".", 7) + 1] for key in saved if key.startswith("critic.")}):
         layers = {k.removeprefix(name): v for k, v in saved.items() if k.startswith(name)}
         widths = [v.shape for k, v in layers.items() if k.endswith("weight")]
-        net = MLP(widths[0][1], *(w[0] for w in widths)).to(device).requires_grad_(False)
+        net = MLP(widths[0][1], *(w[0] for w in widths)).to(units.low.device)
         net.load_state_dict(dict(zip(net.state_dict(), layers.values(), strict=True)))
         critics.append(net)
     return (lambda s, a: torch.cat(
@@ -907,10 +892,14 @@ class Data:
         if not self.offline:
             self.window[0] = max(0, self.size - REPLAY)
 
+    @property
+    def interactions(self) -> int:  # of each seed
+        return self.size - self.offline
+
     def own(self) -> Tensor:
         """The rows (S, n, ...) of all seeds' own transitions, a view."""
         shape = (len(self.seed), self.room, sum(self.widths))
-        return self.rows[self.offline :].view(shape)[:, : self.size - self.offline]
+        return self.rows[self.offline :].view(shape)[:, : self.interactions]
 
     def sample(self, generators: list[torch.Generator], batch_size: int) -> Batch:
         """A batch (S, B, ...) for every seed, uniform over what is its own and D."""
@@ -1037,13 +1026,12 @@ def load_dataset(task: str, path: Path | None = None) -> dict[str, np.ndarray]:
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     url, sha256 = d4rl_infos().DATASET_URLS[task], SHA256.get(task, "")
     name = url.rpartition("/")[2]
-    there = [p for p in (folder / name, folder / f"{task}.hdf5") if p.is_file()]
-    if not path and not there:
-        own = os.environ.get("D4RL_MIRROR")
-        sources = [f"{own}/{name}"] * bool(own) + [url, f"{MIRROR}/{name}"]
-        return read_hdf5(download(sources, folder / name, sha256))
-    path, digest = path or there[0], hashlib.sha256()
+    path = path or next((p for p in (folder / name, folder / f"{task}.hdf5") if p.is_file()), None)
+    if path is None:
+        mirrors = (os.environ.get("D4RL_MIRROR"), url.rpartition("/")[0], MIRROR)
+        path = download([f"{mirror}/{name}" for mirror in mirrors if mirror], folder / name, sha256)
     arrays = read_hdf5(path)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
@@ -1111,22 +1099,24 @@ class Task(NamedTuple):
     domain: str
     robot: str  # hopper, Hopper-v4: whose black box fits
     quality: str  # of a local task; "" for D4RL's
+    scored_as: str  # the task of D4RL whose reference returns are its own, if it is there
 
 
 def parse_task(name: str) -> Task:
     """Raises BadInput for all but D4RL's locomotion, AntMaze, pen and door, local, and Minari's."""
     if name.startswith("minari:"):
         robot = next((r for r in ("pen", "door") if name.startswith(f"minari:D4RL/{r}/")), name)
-        return Task(name, "gym" if robot == name else "adroit", robot, "")
+        return Task(name, "gym" if robot == name else "adroit", robot, "", f"{robot}-human-v1")
     gym_id, colon, quality = name.rpartition(":")
     if colon and quality not in QUALITIES:
         raise BadInput(f"{name}: the quality {quality!r} is none of {', '.join(QUALITIES)}")
     if colon:
-        return Task(name, "gym", gym_id, quality)
+        same = f"{gym_id.rpartition('-')[0].lower()}-medium-v2"
+        return Task(name, "gym", gym_id, quality, same)
     for robot, r in ROBOTS.items():
         if (name.startswith(f"{robot}-") and name.endswith(r.versions)
                 and name in d4rl_infos().DATASET_URLS):
-            return Task(name, r.domain, robot, "")
+            return Task(name, r.domain, robot, "", name)
     raise BadInput(f"unknown task {name!r}: neither D4RL's (hopper-medium-v2, antmaze-umaze-v0,"
                    " pen-human-v1, ...) nor GYMNASIUM_ID:QUALITY (Hopper-v4:medium-replay) nor"
                    " minari:ID (minari:D4RL/pen/human-v2)")
@@ -1138,18 +1128,15 @@ def d4rl_infos():
     if package is None:
         raise BadInput("d4rl is not installed: pip install --no-deps d4rl==1.1")
     path = Path(package.submodule_search_locations[0], "infos.py")
-    spec = importlib.util.spec_from_file_location("d4rl_infos", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return argparse.Namespace(**runpy.run_path(str(path)))
 
 
 def restore_capsules(model, xml_path: str) -> None:
     """Gives a mujoco.MjModel, compiled from `xml_path`, the inertias of MuJoCo 2.1.0.
 
-    Then, a capsule of radius r and cylinder length h weighed and turned like a solid cylinder of
-    length h + r. A compiled model has forgotten densities, `settotalmass` and explicit inertias, so
-    the compiler is asked again, with such cylinders in the file. Contacts stay those of capsules.
+    There, a capsule of radius r and cylinder length h has the mass and inertia of a solid cylinder
+    of length h + r. A compiled model has forgotten densities, `settotalmass` and explicit inertias,
+    so the compiler is asked again, with such cylinders in the file. Contacts stay capsules'.
     """
     import mujoco
 
@@ -1215,17 +1202,15 @@ def write_ant_maze(maze: str, path: str) -> None:
 
 
 def make_env(task: str, physics: str = "exact"):
-    """The gymnasium.Env of a D4RL task, of ID:QUALITY, or of a Gymnasium id, with Box spaces.
+    """The gymnasium.Env of --env, with Box spaces.
 
     A D4RL task has D4RL's observation, actions, reward, termination, horizon, start and goal.
     `physics` is "exact" for the robots that D4RL's data came from, "stock" for today's.
     """
     import gymnasium as gym
 
-    family = parse_task(task).robot if task.startswith("minari:") else next(
-        (name for name in ROBOTS if task.startswith(f"{name}-")), "")
-    local = Robot("gym", task.rpartition(":")[0] or task, 0, ())
-    _, gym_id, horizon, _, maze = ROBOTS.get(family, local)
+    robot = parse_task(task).robot
+    _, gym_id, horizon, _, maze = ROBOTS.get(robot, Robot("gym", robot, 0, ()))
     if gym_id.startswith("AdroitHand"):
         import gymnasium_robotics
 
@@ -1252,9 +1237,9 @@ def make_env(task: str, physics: str = "exact"):
             if maze:
                 terminal = bool(np.linalg.norm(state[:2] - self.goal) <= 0.5)
                 reward = float(terminal)
-            elif family == "pen":  # dropped; its reward of -5 is there already
+            elif robot == "pen":  # dropped; its reward of -5 is there already
                 terminal = bool(state[26] < 0.075)
-            elif family == "door":  # in full: the distance's sign depends on the release
+            elif robot == "door":  # in full: the distance's sign depends on the release
                 hinge, speed = state[28], self.unwrapped.data.qvel
                 reward = (-0.1 * np.linalg.norm(state[35:38]) - 0.1 * (hinge - 1.57) ** 2
                           - 1e-5 * np.sum(speed**2) + 2 * (hinge > 0.2) + 8 * (hinge > 1.0)
@@ -1270,7 +1255,7 @@ def make_env(task: str, physics: str = "exact"):
                         "include_cfrc_ext_in_observation": False,
                         "exclude_current_positions_from_observation": False}
         try:
-            if family == task:  # a Minari dataset of other robots
+            if robot == task:  # a Minari dataset of other robots
                 env = minari_dataset(task).recover_environment()
             else:
                 env = gym.make(gym_id, disable_env_checker=True, **options)
@@ -1285,7 +1270,7 @@ def make_env(task: str, physics: str = "exact"):
             raise BadInput(f"environment {gym_id}: its episodes have no time limit")
         if physics == "exact":
             restore_physics(env)
-    return D4RLRules(env) if family in ROBOTS else env
+    return D4RLRules(env) if robot in ROBOTS else env
 
 
 def make_envs(task: Task, args: argparse.Namespace) -> list:
@@ -1299,20 +1284,16 @@ def reference_returns(args: argparse.Namespace, task: Task) -> tuple[float, floa
 
     NaN, and so are all scores, where there are none, and for a local task without its expert yet.
     """
-    infos, path, name = d4rl_infos(), expert_folder(args, task) / "scores.json", task.name
-    if task.quality:
-        name = f"{task.robot.rpartition('-')[0].lower()}-medium-v2"
-    elif task.robot in ("pen", "door"):
-        name = f"{task.robot}-human-v1"
-    if name in infos.REF_MIN_SCORE:
-        return infos.REF_MIN_SCORE[name], infos.REF_MAX_SCORE[name]
-    scores, zero, hundred = {}, "random", "expert"
-    if name.startswith("minari:"):
-        scores = minari_dataset(name).storage.metadata
-        zero, hundred = "ref_min_score", "ref_max_score"
+    infos, path = d4rl_infos(), expert_folder(args, task) / "scores.json"
+    if task.scored_as in infos.REF_MIN_SCORE:
+        return infos.REF_MIN_SCORE[task.scored_as], infos.REF_MAX_SCORE[task.scored_as]
+    known, names = {}, ("random", "expert")
+    if task.name.startswith("minari:"):
+        known = minari_dataset(task.name).storage.metadata
+        names = ("ref_min_score", "ref_max_score")
     elif args.scheme != "expert" and path.is_file():
-        scores = json.loads(path.read_text())
-    return float(scores.get(zero, "nan")), float(scores.get(hundred, "nan"))
+        known = json.loads(path.read_text())
+    return tuple(float(known.get(name, "nan")) for name in names)
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -1351,15 +1332,11 @@ def rollout(envs: list, policy: Policy, seeds: Iterable[int]) -> dict[str, np.nd
 
 
 def evaluate(envs: list, policy: Policy, episodes: int, seeds: Sequence[int]) -> np.ndarray:
-    """Returns (S, episodes) of whole episodes: S policies have as many environments each, in order.
-
-    Nothing random but its seed decides what a policy meets.
-    """
+    """Returns (S, episodes) of S policies, which have as many environments each, in their order."""
     each = len(envs) // len(seeds)
     waves = [rollout(envs, policy, (seed + first + i for seed in seeds for i in range(each)))
              for first in range(0, episodes, each)]
-    returns = [wave["returns"].reshape(len(seeds), each) for wave in waves]
-    return np.concatenate(returns, 1)[:, :episodes]
+    return np.hstack([wave["returns"].reshape(len(seeds), each) for wave in waves])[:, :episodes]
 
 
 def audit(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, asked: Tensor,
@@ -1431,8 +1408,7 @@ class Interaction:
     """The training environments, one for each seed, which only schemes that interact have."""
 
     def __init__(self, envs: list, units: Units, data: Data, seeds: Sequence[int]):
-        self.envs, self.units, self.data, self.steps = envs, units, data, 0
-        self.timeouts: list[list[int]] = [[] for _ in envs]
+        self.envs, self.units, self.data = envs, units, data
         self.reset(seeds)
 
     def reset(self, seeds: Sequence[int]) -> None:
@@ -1452,15 +1428,12 @@ class Interaction:
         raw = self.units.raw_action(action).cpu().numpy()
         steps = [env.step(a) for env, a in zip(self.envs, raw, strict=True)]
         next_state, reward, terminal, truncated, _ = map(np.array, zip(*steps, strict=True))
-        for i in np.flatnonzero(truncated & ~terminal):
-            self.timeouts[i].append(self.steps)
         reward = self.units.reward(torch.as_tensor(reward, dtype=torch.float32, device=device))
         self.data.append(self.units.state(self.state), action, reward,
                          self.units.state(next_state), torch.as_tensor(terminal, device=device))
         self.state = next_state
         for i in np.flatnonzero(terminal | truncated):
             self.state[i] = self.envs[i].reset()[0]
-        self.steps += 1
 
 
 class Log:
@@ -1477,7 +1450,8 @@ class Log:
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics")
         versions = {d.name: d.version for d in importlib.metadata.distributions()
                     if d.name in packages} | {"commit": commit()}
-        for name in ("model*.pt", "checkpoint.pt", "progress.csv", "audit-*.npz"):
+        for name in ("model*.pt", "checkpoint.pt", "progress.csv", "audit-*.npz", "scores.json",
+                     "*.hdf5"):
             for old in self.folder.glob(name):
                 old.unlink()
         config = {"args": vars(args), "protocol": protocol, "versions": versions}
@@ -1487,11 +1461,11 @@ class Log:
         """D4RL's normalised score of a return."""
         return 100 * (value - self.zero) / (self.hundred - self.zero)
 
-    def write(self, step: int, updates: int, value: float, clock: "Clock") -> None:
-        """Completes `row` with the mean return `value`, and writes and prints it."""
+    def write(self, step: int, updates: int, value: float, times: dict[str, float]) -> None:
+        """Completes `row` with the mean return `value` and `times`, and writes and prints it."""
         from tqdm import tqdm
 
-        self.row |= {"step": step, "return": value, "score": self.score(value), **clock.row}
+        self.row |= {"step": step, "return": value, "score": self.score(value), **times}
         self.rows.append(self.row)
         self.write_rows()
         for track in self.trackers:
@@ -1535,30 +1509,27 @@ def trackers(args: argparse.Namespace, folder: Path, step: int) -> list[Callable
 
 
 class Clock:
-    """Where a run's time goes: updates since the last row, evaluation and OAP since the start."""
+    """A run's seconds, and how many of them evaluation and OAP took; the rest went to updates."""
 
     def __init__(self, step: int = 0, seconds: float = 0.0, evaluation: float = 0.0,
                  oap: float = 0.0):
-        self.last = time.time()
-        self.started = self.last - seconds
-        self.shares, self.step, self.row = {"evaluation": evaluation, "oap": oap}, step, {}
-        self.other = 0.0  # since the last row: what was no update
+        self.started = time.time() - seconds
+        self.spent = {"evaluation": evaluation, "oap": oap}
+        self.last = step, seconds - evaluation - oap
 
     @contextlib.contextmanager
-    def measure(self, share: str):
+    def measure(self, what: str):
         started = time.time()
         yield
-        self.shares[share] += time.time() - started
-        self.other += time.time() - started
+        self.spent[what] += time.time() - started
 
-    def tick(self, step: int) -> None:
-        """Completes a row. Updates per second are each seed's."""
-        now = time.time()
-        speed = (step - self.step) / max(now - self.last - self.other, 1e-9)
-        self.row = {"updates_per_second": round(speed, 1), "seconds": round(now - self.started, 2)}
-        self.row |= {f"{k}_share": round(v / (now - self.started), 4)
-                     for k, v in self.shares.items()}
-        self.last, self.step, self.other = now, step, 0.0
+    def row(self, step: int) -> dict[str, float]:
+        """What to log. Updates per second are each seed's, since the last row."""
+        seconds = time.time() - self.started
+        (last_step, last), self.last = self.last, (step, seconds - sum(self.spent.values()))
+        speed = (step - last_step) / max(self.last[1] - last, 1e-9)
+        return {"updates_per_second": round(speed, 1), "seconds": round(seconds, 2)} | {
+            f"{what}_share": round(x / seconds, 4) for what, x in self.spent.items()}
 
 
 def finite(x):
@@ -1593,16 +1564,16 @@ def default_expert(args: argparse.Namespace, task: Task) -> str:
 
 
 def column(args: argparse.Namespace) -> str:
-    """In the paper's tables and Figure 7: the scheme, and what is not the scheme's own."""
-    variant = [args.timing] * (args.timing != SCHEMES[args.scheme].timing)
-    if args.scheme == "oap":
-        variant += ["inf"] * math.isinf(args.budget) + ["no-ranknet"] * (not args.ranknet)
-    return "-".join([args.scheme, *variant])
+    """A run's column in the paper's tables: its scheme, and where it departs from that scheme."""
+    asks = args.scheme == "oap"
+    variant = {args.timing: args.timing != SCHEMES[args.scheme].timing,
+               "inf": asks and math.isinf(args.budget), "no-ranknet": asks and not args.ranknet}
+    return "-".join([args.scheme, *(name for name, differs in variant.items() if differs)])
 
 
 def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
     """<out>/<env>/<algo>-<column>[-tag]/<seed>."""
-    name = "-".join([args.algo, column(args)] + [args.tag] * bool(args.tag))
+    name = f"{args.algo}-{column(args)}" + (f"-{args.tag}" if args.tag else "")
     env = task.robot if args.scheme == "expert" else task.name
     return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(seed))
 
@@ -1628,30 +1599,37 @@ FREE = {"overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpo
         "tensorboard", "wandb", "benchmark", "report"}
 
 
+def recorded_args(folder: Path, args: argparse.Namespace, names: Iterable[str]) -> dict:
+    """A run's arguments. Raises BadInput if one of those named is another in `args`."""
+    try:
+        old = json.loads((folder / "config.json").read_text())["args"]
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"{folder}/config.json can't be read: --overwrite runs anew") from error
+    new = finite(vars(args))
+    for name in names:
+        if old.get(name) != new[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(f"{folder} has a run with {flag} {old.get(name)}, not {new[name]}: give"
+                           " the same, another --tag or --out, or --overwrite")
+    return old
+
+
 def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
     """Which of --seeds are left to train. Raises BadInput if another run is in their folders."""
     if args.overwrite:
         return args.seeds
     left, begun = [], set()
-    free = FREE | {"env"} if args.scheme == "expert" else FREE
+    decisive = [name for name in vars(args) if name not in FREE
+                and not (name == "env" and args.scheme == "expert")]
     for seed in args.seeds:
         folder = run_folder(args, task, seed)
-        if not (folder / "config.json").is_file():
-            left.append(seed)
-            continue
-        try:
-            old, new = json.loads((folder / "config.json").read_text())["args"], finite(vars(args))
-        except (ValueError, KeyError) as error:
-            raise BadInput(f"{folder}/config.json can't be read: --overwrite runs anew") from error
-        if differ := [k for k in new if k not in free and old.get(k) != new[k]]:
-            flag, was = differ[0].replace("_", "-"), old.get(differ[0])
-            raise BadInput(f"{folder} has a run with --{flag} {was}, not {new[differ[0]]}: use"
-                           " --tag for another folder, or --overwrite")
-        if (folder / "model.pt").is_file():
-            print(f"{folder} is finished")
-        else:
-            left.append(seed)
+        if (folder / "config.json").is_file():
+            old = recorded_args(folder, args, decisive)
+            if (folder / "model.pt").is_file():
+                print(f"{folder} is finished")
+                continue
             begun.add(tuple(old["seeds"]))
+        left.append(seed)
     for together in begun:
         if len(begun) > 1 or not set(left) <= set(together) <= set(args.seeds):
             raise BadInput(f"{folder.parent} has a run begun with --seeds"
@@ -1681,7 +1659,8 @@ def locked(folders: list[Path], wait: bool):
 def stop_signals():
     """A list that Ctrl-C and SIGTERM append to, to be heeded between updates.
 
-    A second later, another one is heeded at once: run_all.sh and a terminal may both send one.
+    One that comes over a second after the first is heeded at once: run_all.sh and a terminal may
+    both send the first.
     """
     received: list[float] = []
 
@@ -1690,9 +1669,7 @@ def stop_signals():
         if received[-1] > received[0] + 1:
             raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()
-    old = {number: signal.signal(number, handle)
-           for number in (signal.SIGINT, signal.SIGTERM) if main}
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -1706,22 +1683,25 @@ def prepare_local_task(args: argparse.Namespace, task: Task, envs: list) -> None
     needed = (scheme.data and not args.dataset
               or (scheme.spends == "queries" or args.audit) and not args.expert
               or math.isnan(reference_returns(args, task)[0]))
-    there = (folder / "scores.json").is_file()  # written after the datasets
-    if not task.quality or args.scheme == "expert" or not needed or there:
+    if not task.quality or args.scheme == "expert" or not needed:
         return
-    if folder.parent.name == "sac-expert":
+    own, there = folder.parent.name == "sac-expert", (folder / "scores.json").is_file()
+    if own and there:  # after the datasets were
+        recorded_args(folder, args, ("expert_steps", "dataset_size", "physics"))
+    elif own:
         print(f"{folder} has no black box and no data yet: first, SAC trains for"
               f" {args.expert_steps:,} steps (each line says how long is left)")
         same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every",
                 "checkpoint_every")
         train(parse_args(["--scheme=expert", f"--env={task.name}"] + [
             f"--{name.replace('_', '-')}={getattr(args, name)}" for name in same]), wait=True)
-        return
-    with locked([folder], wait=True):
-        if not (folder / "scores.json").is_file():
-            print(f"{folder} has no data yet: first, the shipped black boxes make it")
-            paths = [shipped_expert(task.robot, which) for which in ("-medium", "")]
-            make_datasets(args, folder, envs[:10], [load_sac(p, args.device) for p in paths], {})
+    else:
+        with locked([folder], wait=True):
+            if not (folder / "scores.json").is_file():
+                print(f"{folder} has no data yet: first, the shipped black boxes make it")
+                records = [load_sac(shipped_expert(task.robot, which), args.device)
+                           for which in ("-medium", "")]
+                make_datasets(args, folder, envs[:10], records, {})
 
 
 def load_sac(path: Path, device: str) -> tuple[SquashedActor, dict]:
@@ -1746,28 +1726,27 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs: list,
     generator = torch.Generator(units.low.device).manual_seed(int(folder.name))
     noise = torch.empty(len(envs), len(units.low), device=units.low.device)
 
-    def collect(act: Callable[[Tensor], Tensor], seed: int) -> dict[str, np.ndarray]:
+    def collect(act: Callable[[Tensor], Tensor], seed: int) -> tuple[dict[str, np.ndarray], float]:
+        """`size` rows of D4RL's arrays, and the episodes' mean return."""
         waves, rows = [], 0
         while rows < size:
             waves.append(rollout(envs, raw_policy(act, units), range(seed, seed + len(envs))))
             rows, seed = rows + len(waves[-1]["rewards"]), seed + len(envs)
-        return {k: np.concatenate([w[k] for w in waves])[:size] for k in waves[0]}
+        whole = {k: np.concatenate([w[k] for w in waves]) for k in waves[0]}
+        return {k: whole[k][:size] for k in ARRAYS}, whole["returns"].mean()
 
     def sampling(actor: SquashedActor) -> Callable[[Tensor], Tensor]:
         return lambda state: actor.sample(state, noise.normal_(generator=generator))[0]
 
-    random = collect(lambda state: noise.uniform_(-1, 1, generator=generator), seed=2 * 10**6)
-    zero = random.pop("returns").mean()
+    random, zero = collect(lambda state: noise.uniform_(-1, 1, generator=generator), 2 * 10**6)
     if final <= zero:
         raise BadInput(f"SAC's return is {final:.1f} after {args.steps:,} steps, a random policy's"
                        f" {zero:.1f}: it has not learned; raise --expert-steps")
     third = zero + (final - zero) / 3
     actor, saved = next(record for record in records if record[1]["return"] >= third)
-    medium = collect(sampling(actor), 3 * 10**6)
-    expert = collect(sampling(records[-1][0]), 4 * 10**6)
-    scores = {"random": zero, "medium": medium.pop("returns").mean(), "expert": final,
-              "medium_steps": saved["step"]}
-    expert.pop("returns")
+    medium, middle = collect(sampling(actor), 3 * 10**6)
+    expert, _ = collect(sampling(records[-1][0]), 4 * 10**6)
+    scores = {"random": zero, "medium": middle, "expert": final, "medium_steps": saved["step"]}
     both = {k: np.concatenate([medium[k][: size // 2], expert[k][: size // 2]]) for k in medium}
     both["timeouts"][size // 2 - 1] = True  # nothing follows the first half's last row
     replay = {k: v[: saved["step"]] for k, v in history.items()}
@@ -1777,14 +1756,13 @@ def make_datasets(args: argparse.Namespace, folder: Path, envs: list,
     write_text(folder / "scores.json", json.dumps(scores, indent=2))
 
 
-def history(data: Data, interaction: Interaction, seed: int) -> dict[str, np.ndarray]:
-    """D4RL's arrays of a seed's own transitions."""
-    units, rows = interaction.units, data.own()[seed].split(data.widths, 1)
-    state, action, reward, _, not_done = rows
-    timeouts = np.isin(np.arange(interaction.steps), interaction.timeouts[seed])
+def history(data: Data, units: Units, seed: int) -> dict[str, np.ndarray]:
+    """D4RL's arrays of a seed's own transitions. A timeout is where another episode follows."""
+    state, action, reward, next_state, not_done = data.own()[seed].split(data.widths, 1)
+    done, timeout = not_done[:, 0] == 0, (next_state != state.roll(-1, 0)).any(1)
     tensors = (units.raw_state(state), units.raw_action(action), reward[:, 0] - units.reward_shift,
-               not_done[:, 0] == 0)
-    return dict(zip(ARRAYS, (*(x.cpu().numpy() for x in tensors), timeouts), strict=True))
+               done, timeout & ~done)
+    return {name: x.cpu().numpy() for name, x in zip(ARRAYS, tensors, strict=True)}
 
 
 def build(args: argparse.Namespace, seeds: Sequence[int], state_dim: int, action_dim: int,
@@ -1826,25 +1804,25 @@ def graphed(advance: Callable[[bool], dict], generators: list[torch.Generator]) 
     An argument's first three calls run as they are, on a side stream, as capture asks for. Whatever
     `advance` reads must stay where it is in memory, and be changed in place.
     """
-    graphs, losses, calls = {}, {}, {False: 0, True: 0}
-    side = torch.cuda.Stream()
+    graphs, warm_up, side = {}, {False: 3, True: 3}, torch.cuda.Stream()
 
     def replay(delayed: bool) -> dict[str, Tensor]:
-        calls[delayed] += 1
-        if calls[delayed] <= 3:
+        if warm_up[delayed]:
+            warm_up[delayed] -= 1
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                losses[delayed] = advance(delayed)
+                losses = advance(delayed)
             torch.cuda.current_stream().wait_stream(side)
-            return losses[delayed]
+            return losses
         if delayed not in graphs:
-            graph = graphs[delayed] = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 graph.register_generator_state(generator)
             with torch.cuda.graph(graph):  # records, and does not run
-                losses[delayed] = advance(delayed)
-        graphs[delayed].replay()
-        return losses[delayed]
+                graphs[delayed] = graph, advance(delayed)
+        graph, losses = graphs[delayed]
+        graph.replay()
+        return losses
 
     return replay
 
@@ -1887,21 +1865,23 @@ class Run:
         self.protocol = finite({
             "environment": spec.id, "horizon": spec.max_episode_steps, "physics": args.physics,
             "episodes": args.eval_episodes, "return_0": zero, "return_100": hundred,
-            "behaviour_score": score(behaviour)} | {
-            key: value for box in self.black_boxes[:1] for key, value in (
-                ("black_box", expert), ("black_box_score", score(box.returns)))})
+            "behaviour_score": score(behaviour), "black_box": expert if self.black_boxes else None,
+            "black_box_score": score(self.black_boxes[0].returns) if self.black_boxes else None})
         self.step, self.losses, self.clock = 0, {}, Clock()
         self.records: list[list[int]] = [[] for _ in seeds]  # an expert's best evaluations' steps
         self.checkpoint = self.logs[0].folder / "checkpoint.pt"  # of all seeds
 
     def tensors(self) -> list[Tensor]:
         """What changes in place."""
-        parts = [*vars(self.agent).values(), *itertools.chain.from_iterable(self.ranknets)]
-        preferred = [] if self.data.preferred is None else [self.data.preferred]
-        return [self.data.window, *preferred] + [
-            tensor for part in parts for tensor in (
-                part.parameters() if isinstance(part, nn.Module) else
-                (*part.mean, *part.square, part.t, part.lr) if isinstance(part, Adam) else ())]
+        found = [self.data.window]
+        if self.data.preferred is not None:
+            found.append(self.data.preferred)
+        for part in (*vars(self.agent).values(), *itertools.chain.from_iterable(self.ranknets)):
+            if isinstance(part, nn.Module):
+                found += part.parameters()
+            elif isinstance(part, Adam):
+                found += [*part.mean, *part.square, part.t, part.lr]
+        return found
 
     def save(self) -> None:
         state = {
@@ -1910,9 +1890,8 @@ class Run:
             "queries": [vars(queries) for queries in self.queries],
             "asked": [(box.asked, box.audited) for box in self.black_boxes],
             "own": self.data.own().clone(), "records": self.records,
-            "timeouts": self.interaction.timeouts if self.interaction else [],
             "rows": [log.rows for log in self.logs],
-            "clock": (time.time() - self.clock.started, *self.clock.shares.values())}
+            "clock": (time.time() - self.clock.started, *self.clock.spent.values())}
         write_atomic(self.checkpoint, lambda part: torch.save(state, part))
 
     def save_model(self, k: int, name: str, returns: float) -> None:
@@ -1954,8 +1933,6 @@ class Run:
         self.data.own().copy_(state["own"])
         note = ""
         if self.interaction:
-            self.interaction.steps = state["own"].shape[1]
-            self.interaction.timeouts = state["timeouts"]
             self.interaction.reset([evaluation_seed(seed, self.step) for seed in self.seeds])
             note = " with new episodes, so it is not quite the same as an uninterrupted run"
         print(f"{self.checkpoint.parent}: continues after update {self.step:,}{note}")
@@ -1982,9 +1959,9 @@ def learn(run: Run, stop: list) -> None:
 
     for step in tqdm(range(run.step + 1, run.updates + 1), initial=run.step, total=run.updates,
                      disable=None, unit=" updates", smoothing=0.05):
-        while run.interaction and run.interaction.steps < max(
+        while run.interaction and data.interactions < max(
                 due(step, args.budget, start, end), random_steps):
-            warm = run.interaction.steps >= random_steps
+            warm = data.interactions >= random_steps
             run.interaction.step(agent.explore if warm else None, run.generators)
         run.losses |= advance(step % args.policy_delay == 0)
         run.step, last = step, step == run.updates
@@ -1996,34 +1973,38 @@ def learn(run: Run, stop: list) -> None:
             continue
         for k, log in enumerate(run.logs):
             values = {name: loss[k].item() for name, loss in run.losses.items()}
-            log.row |= values if evaluating else {}
+            if evaluating:
+                log.row |= values
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
                 raise BadInput(
                     f"{log.folder} diverged: {bad[0]} is {values[bad[0]]} at update {step:,}; " + (
                         f"{run.checkpoint} is from before" if run.checkpoint.is_file() else
                         "there is no checkpoint yet"))
-        with clock.measure("oap"):
-            for k in range(count) if asking or auditing else ():
-                actor, row = unstack(agent.actor, k, count), run.logs[k].row
-                box = run.black_boxes[k]
-                owed = due(step, args.budget, 0, args.steps) - box.asked if asking else 0
-                if asked := min(owed, data.offline):
-                    row |= oap_round(actor, *d, data.preferred[k], asked, run.queries[k], box,
-                                     *run.ranknets[k], args.ranknet_epochs, run.generators[k])
-                if auditing:
-                    trained = run.ranknets[k][0] if len(run.queries[k].index) else None
-                    row |= audit(actor, *d, run.queries[k].asked, box, trained,
-                                 run.logs[k].folder / f"audit-{step}.npz")
-                row |= {"audited": box.audited} if args.audit else {}
+        if asking or auditing:
+            with clock.measure("oap"):
+                for k, (log, box) in enumerate(zip(run.logs, run.black_boxes, strict=True)):
+                    actor, queries = unstack(agent.actor, k, count), run.queries[k]
+                    owed = due(step, args.budget, 0, args.steps) - box.asked if asking else 0
+                    if asked := min(owed, data.offline):
+                        log.row |= oap_round(actor, *d, data.preferred[k], asked, queries, box,
+                                             *run.ranknets[k], args.ranknet_epochs,
+                                             run.generators[k])
+                    if auditing:
+                        trained = run.ranknets[k][0] if len(queries.index) else None
+                        log.row |= audit(actor, *d, queries.asked, box, trained,
+                                         log.folder / f"audit-{step}.npz")
+                        log.row["audited"] = box.audited
         if evaluating:
             with clock.measure("evaluation"):
                 seeds = [evaluation_seed(seed, step) for seed in run.seeds]
                 returns = evaluate(run.envs, policy, args.eval_episodes, seeds).mean(1)  # (S,)
-            clock.tick(step)
+            times = clock.row(step)
             for k, log in enumerate(run.logs):
-                log.row |= {"interactions": run.interaction.steps} if run.interaction else {}
-                log.row |= {"queries": run.black_boxes[k].asked} if run.black_boxes else {}
-                log.write(step, run.updates, float(returns[k]), clock)
+                if run.interaction:
+                    log.row["interactions"] = data.interactions
+                if run.black_boxes:
+                    log.row["queries"] = run.black_boxes[k].asked
+                log.write(step, run.updates, float(returns[k]), times)
                 if args.scheme == "expert" and returns[k] > max(
                         (row["return"] for row in log.rows[:-1]), default=-math.inf):
                     run.records[k].append(step)
@@ -2031,7 +2012,8 @@ def learn(run: Run, stop: list) -> None:
         if step % args.checkpoint_every == 0 or last or stop:
             run.save()
         if stop and not last:
-            raise KeyboardInterrupt(f"stopped after update {step:,}; the same command continues")
+            raise KeyboardInterrupt(f"stopped after update {step:,}; the same command" + (
+                " without --overwrite" if args.overwrite else "") + " continues")
 
 
 def finish(run: Run) -> None:
@@ -2057,7 +2039,7 @@ def finish_expert(run: Run, k: int) -> float:
     actor, best = records[-1]
     best["return"] = evaluate(envs, raw_policy(actor, run.units), 100, [10**6]).mean().item()
     if run.task.quality:
-        make_datasets(run.args, log.folder, envs, records, history(run.data, run.interaction, k))
+        make_datasets(run.args, log.folder, envs, records, history(run.data, run.units, k))
     else:
         write_text(log.folder / "scores.json", json.dumps({"expert": best["return"]}))
     write_atomic(log.folder / "model.pt", lambda part: torch.save(best, part))
@@ -2081,9 +2063,7 @@ def train(args: argparse.Namespace, wait: bool = False) -> list[list[dict[str, f
                 else:
                     for log in run.logs:
                         log.begin(args, run.protocol)
-                    print(f"{run.checkpoint.parent}: " + ", ".join(
-                        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                        for k, v in run.protocol.items() if v is not None))
+                    print(f"{run.checkpoint.parent}: {json.dumps(run.protocol)}")
                 for log in run.logs:
                     log.trackers = trackers(args, log.folder, run.step)
                 learn(run, stop)
@@ -2104,68 +2084,68 @@ def benchmark(argv: list[str]) -> None:
 
     On random data of HalfCheetah's shapes, 1M rows, with the defaults and what `argv` changes.
     """
-    N, dims, start = 1_000_000, (17, 6), ["--env=halfcheetah-medium-v2", *argv]
-    device = parse_args(start).device
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    rows, dims, start = 1_000_000, (17, 6), ["--env=halfcheetah-medium-v2", *argv]
+    args = parse_args(start)
+    cuda, device = args.device.startswith("cuda"), torch.device(args.device)
 
-    def seconds(run: Callable, least: float = 3.0) -> float:
-        """Of a call of `run`, the mean over at least that long."""
-        synchronize()
+    def seconds(work: Callable, least: float = 0.0) -> float:
+        """A call's mean time, over at least that many seconds and one call."""
         calls, started = 0, time.time()
         while calls == 0 or time.time() - started < least:
-            run()
-            synchronize()
+            work()
+            if cuda:
+                torch.cuda.synchronize()
             calls += 1
         return (time.time() - started) / calls
 
-    def updates(mode: str, algo: str, count: int) -> tuple:
+    def speed(mode: str, algo: str, count: int) -> float:
+        """Updates per second of each of `count` seeds."""
         flags = {"eager": ["--no-cuda-graph"], "CUDA graph": [], "compiled": ["--compile"]}[mode]
-        flags += ["--scheme=expert"] if algo == "sac" else [f"--algo={algo}"]
         args = parse_args([*start, *flags, "--seeds", *map(str, range(count))])
-        agent, ranknets, generators = build(args, args.seeds, *dims, 1e6)
-        data = Data(N, 0, count, *dims, torch.device(device))
+        args.algo = algo
+        agent, _, generators = build(args, args.seeds, *dims, 1e6)
+        data = Data(rows, 0, count, *dims, device)
         data.rows.normal_()
         data.preferred = None if algo == "sac" else data.action.repeat(count, 1, 1)
         advance, steps = make_advance(agent, data, generators, args), 10 * args.policy_delay
-        some = lambda: [  # noqa: E731
-            advance(step % args.policy_delay == 0) for step in range(steps)]
-        some()  # compiles, captures
-        return steps / seconds(some), args, agent, ranknets[0], generators[0], data
 
-    cuda = device.startswith("cuda")
+        def updates() -> None:
+            for step in range(steps):
+                advance(step % args.policy_delay == 0)
+
+        seconds(updates)  # compiles, captures
+        return steps / seconds(updates, 3)
+
     modes = ("eager", "CUDA graph", "compiled") if cuda else ("eager",)
     counts = (1, 5, 10) if cuda else (1, 5)
     runs = [(m, a, c) for a in ("sac", "iql", "td3bc") for m in modes for c in counts]
     runs += [("compiled", algo, 1) for algo in ("iql", "td3bc") if not cuda]
     print(f"{device}, {torch.get_num_threads()} threads: updates per second\n\n"
           f"{'':24}each seed   all seeds")
+    rates = {}
     for mode, algo, count in runs:
-        rate, seeds = updates(mode, algo, count)[0], f"{count} seed{'s' * (count > 1)}"
+        rate = rates[mode, algo, count] = speed(mode, algo, count)
+        seeds = "1 seed" if count == 1 else f"{count} seeds"
         print(f"{algo:6}{seeds:9}{mode:11}{rate:9,.1f}{rate * count:12,.1f}", flush=True)
-    rate, args, agent, (ranknet, optimizer), generator, data = updates(modes[-1], "td3bc", 1)
-    total = args.steps + args.finetune_steps
-    print(f"\nin seconds, and as a share of {total:,} updates by TD3+BC, one seed, {modes[-1]}:")
-    rounds = args.steps // args.interval
-    count = min(args.budget // rounds, N)
-    state, action, preferred = data.state, data.action, data.preferred[0]
-    units = Units(*(torch.full((n,), x, device=device)
-                    for n, x in ((17, 0.0), (17, 1.0), (6, -1.0), (6, 1.0))))
+
+    total, mode = args.steps + args.finetune_steps, modes[-1]
+    print(f"\nin seconds, and as a share of {total:,} updates by TD3+BC, one seed, {mode}:")
+    agent, [(ranknet, optimizer)], [generator] = build(args, [0], *dims, 1e6)
+    state, action = (torch.randn(rows, n, device=device) for n in dims)
+    units = Units(torch.zeros_like(state[0]), torch.ones_like(state[0]),
+                  -torch.ones_like(action[0]), torch.ones_like(action[0]))
     box = BlackBox(units, math.inf, q=lambda s, a: agent.critic(s, a).amin(-1))
-    policy, envs = unstack(agent.actor, 0, 1), make_envs(parse_task(args.env), args)
-    queries = QueryDataset(N, dims[1], torch.device(device))
-
-    def one_round(epochs: int) -> None:
-        oap_round(policy, state, action, preferred, count, queries, box, ranknet, optimizer, epochs,
-                  generator)
-
-    evaluation = seconds(lambda: evaluate(
-        envs, raw_policy(policy, units), args.eval_episodes, range(1)), 0)
-    one_round(1)  # the first is slow
-    one, six = (seconds(lambda: one_round(epochs), 0) for epochs in (1, 6))  # noqa: B023
-    whole = one + (six - one) / 5 * (args.ranknet_epochs - 1)
-    for name, each, times in (("an evaluation", evaluation, total // args.eval_every),
-                              ("a round of OAP", whole, rounds)):
-        share = each * times / (each * times + total / rate)
+    queries = QueryDataset(rows, dims[1], device)
+    count = min(due(args.interval, args.budget, 0, args.steps), rows)
+    policy, envs = raw_policy(agent.actor, units), make_envs(parse_task(args.env), args)
+    for name, times, work in (
+            ("an evaluation", total // args.eval_every,
+             lambda: evaluate(envs, policy, args.eval_episodes, range(1))),
+            ("a round of OAP", args.steps // args.interval,
+             lambda: oap_round(agent.actor, state, action, action.clone(), count, queries, box,
+                               ranknet, optimizer, args.ranknet_epochs, generator))):
+        each = seconds(work)
+        share = each * times / (each * times + total / rates[mode, "td3bc", 1])
         print(f"{name:16}{each:9.2f}  x {times:4}  {share:6.1%}")
 
 
@@ -2186,10 +2166,9 @@ COLORS = {  # Okabe and Ito's, which colour-blind readers can tell apart
 
 
 def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """What is not its task's default: the protocol; and those flags that only some schemes read.
-
-    In neither are those that this scheme does not read, and those that leave the result alone.
-    """
+    """What differs from the task's defaults: in flags that every scheme reads, as one string, which
+    is the protocol, and in flags that only some do, by name. Flags that this scheme does not read,
+    or that leave its result alone, are in neither."""
     scheme, expert = SCHEMES[args.scheme], args.scheme == "expert"
     asks, learner = scheme.spends == "queries", [] if expert else [f"--algo={args.algo}"]
     usual = vars(parse_args([f"--env={args.env}", f"--scheme={args.scheme}", *learner]))
@@ -2199,9 +2178,14 @@ def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
             "exploration_noise": scheme.spends == "interactions"}
     read |= {"expert_steps": True} if expert else {}
     said = FREE | {"env", "scheme", "algo", "timing", "ranknet", "audit", "tag"}
-    text = {k: "--" + "no-" * (v is False) + k.replace("_", "-") + (
-        "" if isinstance(v, bool) else f" {v}") for k, v in vars(args).items()
-        if k not in said and v != usual.get(k)}
+
+    def written(name: str, value) -> str:
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{flag}" if value else f"--no-{flag}"
+        return f"--{flag} {value}"
+
+    text = {k: written(k, v) for k, v in vars(args).items() if k not in said and v != usual.get(k)}
     return (" ".join(text[k] for k in text if k not in read),
             {k: text.get(k, "") for k in read if read[k]})
 
@@ -2242,15 +2226,13 @@ def read_runs(root: Path) -> tuple:
         except (BadInput, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
             what = "" if type(error) in (BadInput, ValueError) else f"{type(error).__name__} "
             broken.append(f"{path.parent}: {what}{error}")
-    names = [run["label"] for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        alike = [other for other, same in zip(runs, names, strict=True) if same == name and all(
-            other[k] == run[k] for k in ("algo", "protocol"))]
-        run["label"] = " ".join(filter(None, [name] + [
-            text for k, text in run["own"].items() if any(
-                text != other["own"][k] for other in alike  # a black box is a task's
-                if other["task"] == run["task"] or k != "expert")]))
-    return pd.DataFrame(runs), broken
+    runs = pd.DataFrame(runs)
+    for _, alike in runs.groupby(["algo", "protocol", "label"]) if len(runs) else ():
+        for flag in alike.own.iloc[0]:
+            given, rivals = alike.own.str[flag], alike.task if flag == "expert" else alike.algo
+            given = given[given.groupby(rivals).transform("nunique") > 1]  # a black box is a task's
+            runs.loc[given.index, "label"] += (" " + given).str.rstrip()
+    return runs, broken
 
 
 def averages(runs, paper) -> list[dict]:
@@ -2267,7 +2249,8 @@ def averages(runs, paper) -> list[dict]:
 def by_label(runs) -> list[tuple]:
     """(label, column, its runs), in the order of COLORS."""
     groups = [(label, name, group) for (name, label), group in runs.groupby(["column", "label"])]
-    return sorted(groups, key=lambda group: (list(COLORS).index(group[1]), group[0]))
+    order = {name: i for i, name in enumerate(COLORS)}
+    return sorted(groups, key=lambda group: (order.get(group[1], len(order)), group[0]))
 
 
 def cell(runs) -> str:
@@ -2283,8 +2266,8 @@ def table(runs, columns: Sequence[str], paper, tasks: list[str]) -> str:
     names |= {name: name for name in columns if name not in names.values()}
     names = dict(sorted(names.items(), key=lambda pair: columns.index(pair[1])))
     ours = {key: cell(group) for key, group in runs.groupby(["task", "label"])}
-    theirs = {(r.task, r.column): f" [{r.mean:g}" + f" ± {r.std:g}" * (r.std == r.std) + "]"
-              for r in paper.itertuples(index=False)}
+    theirs = {(r.task, r.column): f" [{r.mean:g}]" if math.isnan(r.std) else
+              f" [{r.mean:g} ± {r.std:g}]" for r in paper.itertuples(index=False)}
     tasks = tasks + [task for task in runs.task.unique() if task not in tasks]
     rows = [["task", *names], ["---"] * (len(names) + 1)] + [
         [task] + [(ours.get((task, label), "") + theirs.get((task, name), "")).strip()
@@ -2298,7 +2281,9 @@ def figure_3(runs) -> tuple | None:
 
     groups = [(label, name, group.pivot_table("score", "seed", "task")) for label, name, group
               in by_label(runs[runs.done & runs.column.isin(TABLES["Table 2: training schemes"])])]
-    tasks = sorted(set.intersection(*(set(scores) for _, _, scores in groups))) if groups else []
+    most = set(max((scores for _, _, scores in groups), key=len, default=()))
+    groups = [group for group in groups if most & set(group[2])]  # a stray one hides no figure
+    tasks = sorted(most.intersection(*(scores for _, _, scores in groups)))
     scores = {label: scores[tasks].dropna().to_numpy() / 100 for label, _, scores in groups}
     if len(scores) < 2 or not tasks or not all(map(len, scores.values())):
         return None
@@ -2313,10 +2298,17 @@ def figure_3(runs) -> tuple | None:
         ", ".join(f"{label} {len(x)}" for label, x in scores.items()))
 
 
-def figure_4(runs, published) -> tuple | None:
-    """Each domain's best algorithm, offline, o2o and OAP, beside other papers' figures."""
+def panels(widths: list[float]) -> tuple:
+    """A figure, and its axes in a row, that many inches wide."""
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(sum(widths), 3.5), squeeze=False, width_ratios=widths)
+    return figure, axes[0]
+
+
+def figure_4(runs, published) -> tuple | None:
+    """Each domain's best algorithm, offline, o2o and OAP, beside other papers' figures."""
     runs, bars, notes = runs[runs.done & runs.label.isin(["offline", "o2o", "oap"])], {}, []
     for domain in DOMAINS:
         theirs = published[published.domain == domain].pivot_table("score", "task", "algo")
@@ -2325,14 +2317,14 @@ def figure_4(runs, published) -> tuple | None:
         if ours.empty or "offline" not in ours.columns.get_level_values("label"):
             continue
         best = ours.xs("offline", axis=1, level="label").mean().idxmax()
-        mean = ours[best].mean()
         bars[domain] = dict(theirs.loc[ours.index].mean()) | {
-            f"{best} {name}": mean[name] for name in ("offline", "o2o", "oap") if name in mean}
+            f"{best} {name}": ours[best, name].mean()
+            for name in ("offline", "o2o", "oap") if name in ours[best]}
         notes.append(", ".join(ours.index))
     if not bars:
         return None
-    figure, axes = plt.subplots(1, len(bars), figsize=(4.5 * len(bars), 3.5), squeeze=False)
-    for ax, (domain, values) in zip(axes[0], bars.items(), strict=True):
+    figure, axes = panels([4.5] * len(bars))
+    for ax, (domain, values) in zip(axes, bars.items(), strict=True):
         colors = [COLORS.get(name.split()[-1], "#999999") for name in values]
         ax.bar(list(values), list(values.values()), color=colors)
         ax.set(title=domain, ylabel="normalised score")
@@ -2343,14 +2335,12 @@ def figure_4(runs, published) -> tuple | None:
 
 def figure_5(runs) -> tuple | None:
     """OAP's score against its black box's, a panel a task, beside schemes without a black box."""
-    import matplotlib.pyplot as plt
-
     asking = runs[runs.done & (runs.column == "oap")].dropna(subset="box")
     tasks = [task for task, group in asking.groupby("task") if group.box.nunique() > 1]
     if not tasks:
         return None
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.5), squeeze=False)
-    for ax, task in zip(axes[0], tasks, strict=True):
+    figure, axes = panels([4.5] * len(tasks))
+    for ax, task in zip(axes, tasks, strict=True):
         scores = asking[asking.task == task].groupby("box").score
         ax.errorbar(scores.mean().index, scores.mean(), scores.std(ddof=0), marker="o", capsize=3,
                     color=COLORS["oap"], label="oap")
@@ -2364,7 +2354,6 @@ def figure_5(runs) -> tuple | None:
 
 def figure_6(runs) -> tuple:
     """A task's learning curves, and, of runs with --audit, divergence against value gain."""
-    import matplotlib.pyplot as plt
     import pandas as pd
 
     audits = {}
@@ -2375,24 +2364,24 @@ def figure_6(runs) -> tuple:
             audits[label] = name, arrays["divergence"][some], arrays["value_gain"][some]
     first = runs.column.isin(TABLES["Table 2: training schemes"])
     curves = [part for part in (runs[first], runs[~first]) if len(part)]
-    widths = [4.5] * len(curves) + [3] * len(audits)
-    figure, axes = plt.subplots(1, len(widths), squeeze=False, figsize=(sum(widths), 3.5),
-                                width_ratios=widths)
-    for ax, part in zip(axes[0], curves, strict=False):
+    figure, axes = panels([4.5] * len(curves) + [3] * len(audits))
+    for ax, part in zip(axes, curves, strict=False):
         for i, (label, name, group) in enumerate(by_label(part)):
+            color = COLORS.get(name, "#999999")
             seeds = pd.concat([x.set_index("step").score for x in group.rows], axis=1).dropna()
             mean, std, step = seeds.mean(axis=1), seeds.std(axis=1, ddof=0), seeds.index / 1000
-            ax.plot(step, mean, ("-", "--", "-.", ":")[i % 4], color=COLORS[name],
+            ax.plot(step, mean, ("-", "--", "-.", ":")[i % 4], color=color,
                     label=f"{label} (n={len(group)})")
-            ax.fill_between(step, mean - std, mean + std, color=COLORS[name], alpha=0.15, lw=0)
-        ax.sharey(axes[0, 0])
+            ax.fill_between(step, mean - std, mean + std, color=color, alpha=0.15, lw=0)
+        ax.sharey(axes[0])
         ax.set(xlabel="updates (thousands)", ylabel="normalised score")
         ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
-    below = axes[0, len(curves):]
-    for ax, (label, (name, divergence, gain)) in zip(below, audits.items(), strict=True):
+    below = axes[len(curves):]
+    for ax, (label, (name, divergences, gains)) in zip(below, audits.items(), strict=True):
         ax.sharex(below[0])
         ax.sharey(below[0])
-        ax.scatter(divergence, gain, s=4, alpha=0.3, color=COLORS[name], edgecolors="none")
+        ax.scatter(divergences, gains, s=4, alpha=0.3, color=COLORS.get(name, "#999999"),
+                   edgecolors="none")
         ax.axhline(0, color="#999999", linewidth=0.8)
         ax.set(title=label, xlabel="divergence (π(s) - a)²", ylabel="value gain (return)")
     figure.subplots_adjust(wspace=0.35)
@@ -2403,21 +2392,17 @@ def figure_6(runs) -> tuple:
 
 def figure_7(runs) -> tuple | None:
     """The four ways to time interactions and queries."""
-    import matplotlib.pyplot as plt
-
-    groups = by_label(runs[runs.done & runs.label.isin(TABLES["Figure 7: timing"])])
-    if {name for _, name, _ in groups} <= {"o2o", "oap"}:
+    names = TABLES["Figure 7: timing"]
+    scores = runs[runs.done & runs.label.isin(names)].groupby(["task", "label"]).score
+    mean, deviation, seeds = (x.unstack().reindex(columns=names).dropna(axis=1, how="all")
+                              for x in (scores.mean(), scores.std(ddof=0), scores.count()))
+    if set(mean) <= {"o2o", "oap"}:
         return None
-    tasks = sorted(set.union(*(set(group.task) for _, _, group in groups)))
-    figure, ax = plt.subplots(figsize=(2.5 + 1.5 * len(tasks), 3.5))
-    for i, (label, name, group) in enumerate(groups):
-        scores = group.groupby("task").score
-        place = [tasks.index(task) + (i - len(groups) / 2 + 0.5) / 5 for task in scores.groups]
-        ax.bar(place, scores.mean(), 0.2, yerr=scores.std(ddof=0), color=COLORS[name], capsize=3,
-               label=f"{label} (n={scores.count().min()})")
-    ax.set(ylabel="normalised score")
-    ax.set_xticks(range(len(tasks)), tasks)
-    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    figure, (ax,) = panels([2.5 + 1.5 * len(mean)])
+    mean.plot.bar(ax=ax, yerr=deviation, color=COLORS, capsize=3, rot=0, width=0.8, xlabel="",
+                  ylabel="normalised score")
+    ax.legend([f"{name} (n={seeds[name].min():.0f})" for name in mean], fontsize="small",
+              loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     return figure, "Figure 7: mean and deviation over seeds"
 
 
@@ -2465,13 +2450,10 @@ def report(root: Path, out: Path) -> None:
                 chosen = shown[shown.column.isin(columns)]
                 if len(chosen) and (first or not set(chosen.column) <= {"o2o", "oap"}):
                     every = first and not protocol and bool(set(known) & set(group.task))
-                    text += [f"### {title}", table(chosen, columns, theirs, known * every)]
-            given: dict[str, dict] = {}
-            for label, _, same in by_label(group):
-                for own in same.own:
-                    given.setdefault(" ".join(filter(None, own.values())), {})[label] = 1
-            text.append("\n".join(f"- `{flags}`: {', '.join(labels)}"
-                                  for flags, labels in given.items() if flags))
+                    text += [f"### {title}", table(chosen, columns, theirs, known if every else [])]
+            flags = group.own.map(lambda own: " ".join(filter(None, own.values())))
+            text.append("\n".join(f"- `{given}`: {', '.join(labels.unique())}"
+                                  for given, labels in group.label.groupby(flags) if given))
             picture(f"{name}-figure-3", figure_3(plain))
             picture(f"{name}-figure-5", figure_5(group))
             picture(f"{name}-figure-7", figure_7(plain))
@@ -2501,8 +2483,7 @@ def demo() -> None:
     for argv in (oap, offline):
         print(f"python oap.py {' '.join(argv)}")
     runs = {"offline": train(parse_args(offline))[0], "OAP": train(parse_args(oap))[0]}
-    last = functools.reduce(dict.__or__, ({k: v for k, v in row.items() if v == v}
-                                          for row in runs["OAP"]))
+    last = [row for row in runs["OAP"] if not math.isnan(row["prefers_policy"])][-1]
     folder = run_folder(parse_args(oap), parse_task(oap[1]), 0)
     config = json.loads((folder / "config.json").read_text())
     table = {
@@ -2532,7 +2513,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "out": "runs", "algo": algo, "steps": args.expert_steps if expert else 1_000_000,
         "budget": args.expert_steps if expert else 100_000, "timing": scheme.timing,
         "normalize": algo == "td3bc" and scheme.data,
-        "reward_scale": algo == "iql" and scheme.data and task.domain == "gym" and not task.quality}
+        "reward_scale": (algo == "iql" and scheme.data and task.domain == "gym"
+                         and task.robot in ROBOTS)}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -2572,11 +2554,10 @@ def main(argv: list[str] | None = None) -> int:
         elif "--benchmark" in argv:
             benchmark([word for word in argv if word != "--benchmark"])
         elif (args := build_parser().parse_args(argv)).report:
-            out = args.out or str(Path(args.report, "report"))
-            if {k for k, v in vars(args).items() if v != build_parser().get_default(k)} - {
-                    "report", "out"}:
+            usual = build_parser().parse_args(["--report", args.report, "--out", args.out or ""])
+            if vars(args) | {"out": usual.out} != vars(usual):
                 raise BadInput("--report takes only --out beside it")
-            report(Path(args.report), Path(out))
+            report(Path(args.report), Path(args.out or f"{args.report}/report"))
         else:
             train(parse_args(argv))
         return 0

@@ -65,7 +65,8 @@ class Point(gym.Env):
 gym.register("Point-v0", Point, max_episode_steps=20)
 gym.register("Discrete-v0", lambda: gym.make("CartPole-v1").unwrapped, max_episode_steps=9)
 SMALL = ["--steps=40", "--finetune-steps=20", "--interval=20", "--budget=30", "--eval-every=20",
-         "--eval-episodes=3", "--ranknet-epochs=2", "--batch-size=16"]  # fmt: skip
+         "--eval-episodes=3", "--ranknet-epochs=2", "--batch-size=16", "--expert-steps=900",
+         "--dataset-size=500"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -688,7 +689,8 @@ def test_benchmark(monkeypatch, capsys):
     clock = itertools.count()
     monkeypatch.setattr(oap.time, "time", lambda: float(next(clock)))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    assert oap.main(["--benchmark", "--batch-size=16", "--device=cpu"]) == 0
+    assert oap.main(["--benchmark", "--batch-size=16", "--device=cpu", "--algo=iql",
+                     "--ranknet-epochs=1"]) == 0  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert [line[:26].split() for line in lines if "seed" in line[:16]][1:3] == [
         ["sac", "5", "seeds", "eager"], ["iql", "1", "seed", "eager"]]  # fmt: skip
@@ -1024,21 +1026,22 @@ def test_published_experts_return_what_they_did_in_the_original_stack(name, task
 
 
 def test_old_capsules():
-    hopper = oap.make_env("Hopper-v4").unwrapped.model
+    hopper, cheetah = (oap.make_env(f"{name}-v4:medium").unwrapped.model
+                       for name in ("Hopper", "HalfCheetah"))
     torso, radius, length = hopper.body("torso"), 0.05, 0.4
     assert torso.mass[0] == pytest.approx(1000 * math.pi * radius**2 * (length + radius))
     across = torso.mass[0] * (3 * radius**2 + (length + radius) ** 2) / 12
     assert torso.inertia == pytest.approx([across, across, torso.mass[0] * radius**2 / 2])
-    assert oap.make_env("HalfCheetah-v4").unwrapped.model.body_mass.sum() == pytest.approx(14)
-    stock = oap.make_env("Hopper-v4", "stock").unwrapped.model
+    assert cheetah.body_mass.sum() == pytest.approx(14)
+    stock = oap.make_env("Hopper-v4:medium", "stock").unwrapped.model
     assert stock.body_mass.sum() / hopper.body_mass.sum() == pytest.approx(1.036, abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    "size, cell", [("umaze", (0, 8)), ("medium", (20, 20)), ("large", (32, 24))]
+    "maze, cell", [("umaze", (0, 8)), ("medium-play", (20, 20)), ("large-play", (32, 24))]
 )
-def test_antmaze_start_goal_and_success(size, cell):
-    env = oap.make_env(f"antmaze-{size}-play-v0")
+def test_antmaze_start_goal_and_success(maze, cell):
+    env = oap.make_env(f"antmaze-{maze}-v0")
     obs = np.array([env.reset(seed=0)[0]] + [env.reset()[0] for _ in range(99)])
     assert np.abs(obs[:, :2]).max() <= 0.1 and np.abs(obs[:, 2] - 0.75).max() <= 0.1
     np.testing.assert_allclose(np.linalg.norm(obs[:, 3:7], axis=1), 1)
@@ -1324,7 +1327,7 @@ def test_shipped_black_boxes_spare_the_training(out, tmp_path, monkeypatch, caps
         int(path.stem[6:]) for path in weaker]
     files = {"": trained / "model.pt", "-medium": weaker[-1]}
     monkeypatch.setattr(oap, "shipped_expert", lambda robot, which="": files[which])
-    argv = [f"--out={tmp_path}", "--dataset-size=500", "--expert-steps=900"]
+    argv = [f"--out={tmp_path}"]
     assert run(*argv) == 0 and not (tmp_path / "Point-v0/sac-expert").exists()
     made = tmp_path / "Point-v0/shipped-exact-500/0"
     assert {path.stem for path in made.glob("*.hdf5")} == set(oap.QUALITIES) - {"medium-replay"}
@@ -1360,7 +1363,7 @@ def test_no_black_box_is_trained_for_a_run_that_needs_none(out, tmp_path, monkey
     (["--audit", "--tag=audited"], "td3bc-oap-audited", 30),
 ])  # fmt: skip
 def test_variants(out, argv, name, queries):
-    assert run(f"--out={out}", "--dataset-size=500", *argv) == 0
+    assert run(f"--out={out}", *argv) == 0
     folder = Path(out, "Point-v0-medium", name, "0")
     rows = oap.read_progress(folder / "progress.csv")
     if queries:
@@ -1490,6 +1493,7 @@ BAD = {
     "endless interaction": ["--scheme=o2o", "--budget=inf"],
     "nothing to audit": ["--scheme=online", "--audit"],
     "expert takes expert-steps": ["--scheme=expert"],
+    "data of another size": ["--dataset-size=600"],
     "nothing to normalize by": ["--scheme=online", "--normalize"],
     "no such dataset": ["--dataset=nowhere.hdf5"],
     "dataset is no hdf5": ["--dataset=text.hdf5"],
