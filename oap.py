@@ -917,8 +917,18 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(part)
         part.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk's names no file
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def save(path: Path, state: dict) -> None:
+    """torch.save, atomically. Raises OSError alone, which torch.save itself does not."""
+    torch.save(state, buffer := io.BytesIO())
+    write_atomic(path, lambda part: part.write_bytes(buffer.getbuffer()))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1557,6 +1567,19 @@ def read_progress(path: Path) -> list[dict[str, float]]:
     return [{k: float(v or "nan") for k, v in row.items()} for row in rows]
 
 
+def read_config(folder: Path) -> dict:
+    """The arguments of a folder's run, {} if it has none. Raises BadInput if they can't be read."""
+    try:
+        if not any((folder / name).is_file() for name in (
+                "config.json", "progress.csv", "checkpoint.pt", "model.pt")):
+            return {}
+        args = json.loads((folder / "config.json").read_text())["args"]
+        return args | {"seeds": list(args["seeds"])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BadInput(f"{folder}/config.json can't be read, so nothing tells what its run is:"
+                       " --overwrite runs anew") from error
+
+
 def default_expert(args: argparse.Namespace, task: Task) -> str:
     """The black box of the task's robot: the one that was trained here, or else the shipped one."""
     own, shipped = expert_folder(args, task) / "model.pt", shipped_expert(task.robot)
@@ -1599,19 +1622,18 @@ FREE = {"overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpo
         "tensorboard", "wandb", "benchmark", "report"}
 
 
-def recorded_args(folder: Path, args: argparse.Namespace, names: Iterable[str]) -> dict:
-    """A run's arguments. Raises BadInput if one of those named is another in `args`."""
-    try:
-        old = json.loads((folder / "config.json").read_text())["args"]
-    except (ValueError, KeyError) as error:
-        raise BadInput(f"{folder}/config.json can't be read: --overwrite runs anew") from error
-    new = finite(vars(args))
-    for name in names:
-        if old.get(name) != new[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise BadInput(f"{folder} has a run with {flag} {old.get(name)}, not {new[name]}: give"
-                           " the same, another --tag or --out, or --overwrite")
-    return old
+def decisive(args: argparse.Namespace) -> dict:
+    """The other arguments."""
+    same = FREE | {"env"} if args.scheme == "expert" else FREE  # a robot's tasks share an expert
+    return {k: v for k, v in finite(vars(args)).items() if k not in same}
+
+
+def refuse_others(path: Path, old: dict, new: dict, how: str) -> None:
+    """Raises BadInput if what made the run at `path` is not the same, naming what is another."""
+    for name, value in new.items():
+        if old.get(name) != value:
+            flag = name if " " in name else f"--{name.replace('_', '-')}"
+            raise BadInput(f"{path} has a run with {flag} {old.get(name)}, not {value}: {how}")
 
 
 def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
@@ -1619,12 +1641,10 @@ def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
     if args.overwrite:
         return args.seeds
     left, begun = [], set()
-    decisive = [name for name in vars(args) if name not in FREE
-                and not (name == "env" and args.scheme == "expert")]
     for seed in args.seeds:
         folder = run_folder(args, task, seed)
-        if (folder / "config.json").is_file():
-            old = recorded_args(folder, args, decisive)
+        if old := read_config(folder):
+            refuse_others(folder, old, decisive(args), "use --tag for another, or --overwrite")
             if (folder / "model.pt").is_file():
                 print(f"{folder} is finished")
                 continue
@@ -1649,9 +1669,12 @@ def locked(folders: list[Path], wait: bool):
             file = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, file)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise BadInput(f"another process trains in {folder}") from error
+                if not wait:
+                    raise BadInput(f"another process trains in {folder}") from error
+                print(f"waits for the process that trains in {folder}")
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -1659,14 +1682,14 @@ def locked(folders: list[Path], wait: bool):
 def stop_signals():
     """A list that Ctrl-C and SIGTERM append to, to be heeded between updates.
 
-    One that comes over a second after the first is heeded at once: run_all.sh and a terminal may
-    both send the first.
+    One that comes over two seconds after the first is heeded at once: run_all.sh and a terminal
+    may both send the first.
     """
     received: list[float] = []
 
     def handle(number: int, frame) -> None:
         received.append(time.time())
-        if received[-1] > received[0] + 1:
+        if received[-1] > received[0] + 2:
             raise KeyboardInterrupt
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1687,7 +1710,8 @@ def prepare_local_task(args: argparse.Namespace, task: Task, envs: list) -> None
         return
     own, there = folder.parent.name == "sac-expert", (folder / "scores.json").is_file()
     if own and there:  # after the datasets were
-        recorded_args(folder, args, ("expert_steps", "dataset_size", "physics"))
+        made = {name: getattr(args, name) for name in ("expert_steps", "dataset_size", "physics")}
+        refuse_others(folder, read_config(folder), made, "give that, or another --out")
     elif own:
         print(f"{folder} has no black box and no data yet: first, SAC trains for"
               f" {args.expert_steps:,} steps (each line says how long is left)")
@@ -1846,7 +1870,6 @@ class Run:
             raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
         self.data, self.units, behaviour = load_data(
             args, task, box, dims[0], spec.max_episode_steps)
-        self.checksum = self.data.rows.sum(dtype=torch.float64).item()
         self.updates = args.steps + args.finetune_steps * scheme.finetune
         self.agent, self.ranknets, self.generators = build(
             args, seeds, *dims, math.inf if args.scheme == "o2o" else self.updates)
@@ -1867,6 +1890,12 @@ class Run:
             "episodes": args.eval_episodes, "return_0": zero, "return_100": hundred,
             "behaviour_score": score(behaviour), "black_box": expert if self.black_boxes else None,
             "black_box_score": score(self.black_boxes[0].returns) if self.black_boxes else None})
+        self.made_of = decisive(args) | {  # what a checkpoint is for
+            "seeds": seeds, "a dataset whose sum is":
+            f"{self.data.rows.sum(dtype=torch.float64).item():.9g}"}
+        if self.black_boxes and Path(expert).is_file():
+            digest = hashlib.sha256(Path(expert).read_bytes()).hexdigest()
+            self.made_of["a black box whose sha256 is"] = digest[:12]
         self.step, self.losses, self.clock = 0, {}, Clock()
         self.records: list[list[int]] = [[] for _ in seeds]  # an expert's best evaluations' steps
         self.checkpoint = self.logs[0].folder / "checkpoint.pt"  # of all seeds
@@ -1883,16 +1912,26 @@ class Run:
                 found += [*part.mean, *part.square, part.t, part.lr]
         return found
 
+    def refuse_divergence(self, losses: dict[str, float]) -> None:
+        """Raises BadInput if one is not finite, or beyond what any task's returns explain."""
+        for name, value in losses.items():
+            if not abs(value) < 1e15:
+                before = self.checkpoint.is_file()
+                raise BadInput(
+                    f"{self.checkpoint.parent} diverged: {name} is {value:.3g} by update"
+                    f" {self.step:,}; " + (f"{self.checkpoint} is from before" if before else
+                                           "there is no checkpoint yet"))
+
     def save(self) -> None:
         state = {
-            "version": 2, "step": self.step, "checksum": self.checksum, "losses": self.losses,
+            "version": 2, "step": self.step, "made_of": self.made_of, "losses": self.losses,
             "tensors": self.tensors(), "generators": [g.get_state() for g in self.generators],
             "queries": [vars(queries) for queries in self.queries],
             "asked": [(box.asked, box.audited) for box in self.black_boxes],
             "own": self.data.own().clone(), "records": self.records,
             "rows": [log.rows for log in self.logs],
             "clock": (time.time() - self.clock.started, *self.clock.spent.values())}
-        write_atomic(self.checkpoint, lambda part: torch.save(state, part))
+        save(self.checkpoint, state)
 
     def save_model(self, k: int, name: str, returns: float) -> None:
         """Writes what a black box and a policy of seed number k are made of."""
@@ -1900,23 +1939,36 @@ class Run:
                  "units": list(self.units)} | {
             name: unstack(net, k, len(self.seeds)).state_dict()
             for name, net in (("actor", self.agent.actor), ("critic", self.agent.critic))}
-        write_atomic(self.logs[k].folder / name, lambda part: torch.save(saved, part))
+        save(self.logs[k].folder / name, saved)
 
     def load(self) -> None:
         """Continues from the checkpoint. Raises BadInput if it does not fit."""
         anew = "--overwrite runs anew"
         try:
+            with zipfile.ZipFile(self.checkpoint) as archive:
+                if archive.testzip():  # torch.load would not mind
+                    raise zipfile.BadZipFile
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            version, shapes = state["version"], [x.shape for x in state["tensors"]]
+            if state["version"] != 2:
+                raise BadInput(f"{self.checkpoint} is another version's; {anew}")
+            refuse_others(self.checkpoint, state["made_of"], self.made_of, anew)
+            self.restore(state)
+        except BadInput:
+            raise
         except Exception as error:  # noqa: BLE001 whatever a broken file makes torch raise
             raise BadInput(f"{self.checkpoint} can't be read; {anew}") from error
-        if version != 2 or shapes != [x.shape for x in self.tensors()]:
-            raise BadInput(f"{self.checkpoint} is another version's; {anew}")
-        if state["checksum"] != self.checksum:
-            raise BadInput(f"{self.checkpoint} was made with another dataset; {anew}")
-        with torch.no_grad():
-            for tensor, saved in zip(self.tensors(), state["tensors"], strict=True):
-                tensor.copy_(saved)
+        for log in self.logs:
+            log.write_rows()
+        note = ""
+        if self.interaction:
+            self.interaction.reset([evaluation_seed(seed, self.step) for seed in self.seeds])
+            note = " with new episodes, so it is not quite the same as an uninterrupted run"
+        print(f"{self.checkpoint.parent}: continues after update {self.step:,}{note}")
+
+    @torch.no_grad()
+    def restore(self, state: dict) -> None:
+        for tensor, saved in zip(self.tensors(), state["tensors"], strict=True):
+            tensor.copy_(saved)
         device = self.data.rows.device
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
@@ -1924,18 +1976,13 @@ class Run:
             vars(queries).update({name: tensor.to(device) for name, tensor in saved.items()})
         for box, (asked, audited) in zip(self.black_boxes, state["asked"], strict=True):
             box.asked, box.audited = asked, audited
-        for log, log.rows in zip(self.logs, state["rows"], strict=True):
-            log.write_rows()
+        for log, rows in zip(self.logs, state["rows"], strict=True):
+            log.rows = rows
         self.step, self.records = state["step"], state["records"]
         self.losses = {name: loss.to(device) for name, loss in state["losses"].items()}
         self.clock = Clock(self.step, *state["clock"])
         self.data.size += state["own"].shape[1]
         self.data.own().copy_(state["own"])
-        note = ""
-        if self.interaction:
-            self.interaction.reset([evaluation_seed(seed, self.step) for seed in self.seeds])
-            note = " with new episodes, so it is not quite the same as an uninterrupted run"
-        print(f"{self.checkpoint.parent}: continues after update {self.step:,}{note}")
 
 
 def evaluation_seed(seed: int, step: int) -> int:
@@ -1973,13 +2020,9 @@ def learn(run: Run, stop: list) -> None:
             continue
         for k, log in enumerate(run.logs):
             values = {name: loss[k].item() for name, loss in run.losses.items()}
+            run.refuse_divergence(values)
             if evaluating:
                 log.row |= values
-            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                raise BadInput(
-                    f"{log.folder} diverged: {bad[0]} is {values[bad[0]]} at update {step:,}; " + (
-                        f"{run.checkpoint} is from before" if run.checkpoint.is_file() else
-                        "there is no checkpoint yet"))
         if asking or auditing:
             with clock.measure("oap"):
                 for k, (log, box) in enumerate(zip(run.logs, run.black_boxes, strict=True)):
@@ -1989,6 +2032,7 @@ def learn(run: Run, stop: list) -> None:
                         log.row |= oap_round(actor, *d, data.preferred[k], asked, queries, box,
                                              *run.ranknets[k], args.ranknet_epochs,
                                              run.generators[k])
+                        run.refuse_divergence({"ranknet_loss": log.row.get("ranknet_loss", 0.0)})
                     if auditing:
                         trained = run.ranknets[k][0] if len(queries.index) else None
                         log.row |= audit(actor, *d, queries.asked, box, trained,
@@ -2010,6 +2054,7 @@ def learn(run: Run, stop: list) -> None:
                     run.records[k].append(step)
                     run.save_model(k, f"model-{step}.pt", float(returns[k]))
         if step % args.checkpoint_every == 0 or last or stop:
+            run.refuse_divergence({"a parameter": sum(t.sum() for t in run.tensors()).item()})
             run.save()
         if stop and not last:
             raise KeyboardInterrupt(f"stopped after update {step:,}; the same command" + (
@@ -2042,7 +2087,7 @@ def finish_expert(run: Run, k: int) -> float:
         make_datasets(run.args, log.folder, envs, records, history(run.data, run.units, k))
     else:
         write_text(log.folder / "scores.json", json.dumps({"expert": best["return"]}))
-    write_atomic(log.folder / "model.pt", lambda part: torch.save(best, part))
+    save(log.folder / "model.pt", best)
     return best["return"]
 
 
@@ -2208,31 +2253,55 @@ def read_runs(root: Path) -> tuple:
             task, rows = parse_task(args.env), read_progress(path.parent / "progress.csv")
             updates = args.steps + args.finetune_steps * SCHEMES[args.scheme].finetune
             protocol, own = changed_flags(args)
-            score, scores = final_score(rows), path.parent / "scores.json"
-            if scores.is_file() and (low := known["return_0"]) is not None:  # Table 4's
-                high = known["return_100"]
-                score = 100 * (json.loads(scores.read_text())["expert"] - low) / (high - low)
+            name, score, scores = column(args), final_score(rows), path.parent / "scores.json"
+            if scores.is_file():  # a black box's, which for Table 4 has 100 episodes
+                made, zero, hundred = (
+                    json.loads(scores.read_text()), known["return_0"], known["return_100"])
+                if zero is None:
+                    zero, hundred = made["random"], made["expert"]
+                score = 100 * (made["expert"] - zero) / (hundred - zero)
+                for row in rows:
+                    row["score"] = 100 * (row["return"] - zero) / (hundred - zero)
             if math.isnan(score):
-                raise ValueError("has no normalised score")
+                raise ValueError("has no normalised score yet")
+            if (task.domain, args.algo, name) == ("antmaze", "iql", "o2o") and (
+                    args.finetune_steps >= args.steps):
+                name = "expert"  # Table 4's, where SAC fails
             runs.append({
-                "algo": args.algo, "protocol": protocol, "column": column(args), "own": own,
-                "label": column(args) + f"-{args.tag}" * bool(args.tag), "tag": args.tag,
+                "algo": args.algo, "protocol": protocol, "column": name, "own": own,
+                "label": f"{name}-{args.tag}" if args.tag else name, "tag": args.tag,
                 "task": task.robot if args.scheme == "expert" else task.name,
                 "seed": int(path.parent.name), "score": score,
                 "step": int(rows[-1]["step"]), "updates": updates,
                 "done": rows[-1]["step"] >= updates, "rows": pd.DataFrame(rows),
                 "box": known.get("black_box_score"), "folder": path.parent,
+                "audit": last_audit(path.parent),
                 "note": f"{known['physics']} physics, {known['episodes']} episodes an evaluation"})
-        except (BadInput, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
-            what = "" if type(error) in (BadInput, ValueError) else f"{type(error).__name__} "
-            broken.append(f"{path.parent}: {what}{error}")
-    runs = pd.DataFrame(runs)
-    for _, alike in runs.groupby(["algo", "protocol", "label"]) if len(runs) else ():
+        except (BadInput, OSError, LookupError, ValueError, AttributeError, TypeError,
+                zipfile.BadZipFile, EOFError) as error:
+            what = f"has no {error}" if isinstance(error, KeyError) else error
+            broken.append(f"{path.parent}: {what}")
+    if not runs:
+        return pd.DataFrame(), broken
+    runs, same = pd.DataFrame(runs), ["algo", "protocol", "label", "task", "seed"]
+    twice = runs.assign(own=runs.own.map(str)).duplicated([*same, "own"])
+    broken += [f"{folder}: this seed's run is there twice" for folder in runs.folder[twice]]
+    runs = runs[~twice].reset_index(drop=True)
+    for _, alike in runs.groupby(["algo", "protocol", "label"]):
         for flag in alike.own.iloc[0]:
             given, rivals = alike.own.str[flag], alike.task if flag == "expert" else alike.algo
             given = given[given.groupby(rivals).transform("nunique") > 1]  # a black box is a task's
             runs.loc[given.index, "label"] += (" " + given).str.rstrip()
     return runs, broken
+
+
+def last_audit(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Figure 6: divergence and value gain of 3,000 samples, from the last of a run's audits."""
+    files = sorted(folder.glob("audit-*.npz"), key=lambda path: int(path.stem[6:]))
+    if not files or "value_gain" not in (arrays := np.load(files[-1])):
+        return None
+    some = np.random.default_rng(0).permutation(len(arrays["divergence"]))[:3000]
+    return arrays["divergence"][some], arrays["value_gain"][some]
 
 
 def averages(runs, paper) -> list[dict]:
@@ -2268,9 +2337,11 @@ def table(runs, columns: Sequence[str], paper, tasks: list[str]) -> str:
     ours = {key: cell(group) for key, group in runs.groupby(["task", "label"])}
     theirs = {(r.task, r.column): f" [{r.mean:g}]" if math.isnan(r.std) else
               f" [{r.mean:g} ± {r.std:g}]" for r in paper.itertuples(index=False)}
+    firsts = {name: label for label, name in reversed(names.items())}  # the paper's is said once
     tasks = tasks + [task for task in runs.task.unique() if task not in tasks]
     rows = [["task", *names], ["---"] * (len(names) + 1)] + [
-        [task] + [(ours.get((task, label), "") + theirs.get((task, name), "")).strip()
+        [task] + [(ours.get((task, label), "") + theirs.get(
+            (task, name) if firsts[name] == label else None, "")).strip()
                   for label, name in names.items()] for task in tasks]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -2293,7 +2364,8 @@ def figure_3(runs) -> tuple | None:
         scores, lambda x: np.array([f(x) for f in names.values()]), reps=2000)
     figure, _ = plot_utils.plot_interval_estimates(
         *estimates, list(names), list(scores), {label: COLORS[name] for label, name, _ in groups},
-        xlabel="normalised score / 100", xlabel_y_coordinate=-0.2, row_height=0.5, wspace=0.2)
+        max_ticks=3, xlabel="normalised score / 100", xlabel_y_coordinate=-1 / len(scores),
+        row_height=0.5, wspace=0.2)
     return figure, f"Figure 3: 95 % stratified bootstrap intervals; {', '.join(tasks)}; seeds: " + (
         ", ".join(f"{label} {len(x)}" for label, x in scores.items()))
 
@@ -2309,6 +2381,8 @@ def panels(widths: list[float]) -> tuple:
 
 def figure_4(runs, published) -> tuple | None:
     """Each domain's best algorithm, offline, o2o and OAP, beside other papers' figures."""
+    import matplotlib.pyplot as plt
+
     runs, bars, notes = runs[runs.done & runs.label.isin(["offline", "o2o", "oap"])], {}, []
     for domain in DOMAINS:
         theirs = published[published.domain == domain].pivot_table("score", "task", "algo")
@@ -2317,36 +2391,52 @@ def figure_4(runs, published) -> tuple | None:
         if ours.empty or "offline" not in ours.columns.get_level_values("label"):
             continue
         best = ours.xs("offline", axis=1, level="label").mean().idxmax()
-        bars[domain] = dict(theirs.loc[ours.index].mean()) | {
-            f"{best} {name}": ours[best, name].mean()
-            for name in ("offline", "o2o", "oap") if name in ours[best]}
+        bars[domain] = [(name, "", mean, math.nan) for name, mean in theirs.loc[ours.index].mean(
+            ).items()]
+        for label in ("offline", "o2o", "oap"):
+            same = runs[(runs.algo == best) & (runs.label == label) & runs.task.isin(ours.index)]
+            if len(same):
+                seeds = same.groupby("seed").score.mean()
+                bars[domain].append((f"{best} {label} (n={len(seeds)})", label,
+                                     ours[best, label].mean(), seeds.std(ddof=0) or math.nan))
         notes.append(", ".join(ours.index))
     if not bars:
         return None
     figure, axes = panels([4.5] * len(bars))
-    for ax, (domain, values) in zip(axes, bars.items(), strict=True):
-        colors = [COLORS.get(name.split()[-1], "#999999") for name in values]
-        ax.bar(list(values), list(values.values()), color=colors)
+    for ax, (domain, rows) in zip(axes, bars.items(), strict=True):
+        names, labels, means, deviations = zip(*rows, strict=True)
+        ax.bar(names, means, yerr=deviations, capsize=3,
+               color=[COLORS.get(label, "#999999") for label in labels])
         ax.set(title=domain, ylabel="normalised score")
-        ax.tick_params(axis="x", rotation=60)
+        plt.setp(ax.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
     sources = ", ".join(published.source.unique())
-    return figure, f"Figure 4: means over {'; '.join(notes)}. Grey: {sources}"
+    return figure, (f"Figure 4: means over {'; '.join(notes)}, and deviation over seeds. Grey:"
+                    f" {sources}")
 
 
 def figure_5(runs) -> tuple | None:
     """OAP's score against its black box's, a panel a task, beside schemes without a black box."""
     asking = runs[runs.done & (runs.column == "oap")].dropna(subset="box")
-    tasks = [task for task, group in asking.groupby("task") if group.box.nunique() > 1]
-    if not tasks:
+    asking = asking.assign(flags=asking.own.map(
+        lambda own: " ".join(v for k, v in own.items() if v and k != "expert")))
+    lines = {task: [(flags, g.groupby("box").score) for flags, g in group.groupby("flags")
+                    if g.box.nunique() > 1] for task, group in asking.groupby("task")}
+    lines = {task: found for task, found in lines.items() if found}
+    if not lines:
         return None
-    figure, axes = panels([4.5] * len(tasks))
-    for ax, task in zip(axes, tasks, strict=True):
-        scores = asking[asking.task == task].groupby("box").score
-        ax.errorbar(scores.mean().index, scores.mean(), scores.std(ddof=0), marker="o", capsize=3,
-                    color=COLORS["oap"], label="oap")
+    figure, axes = panels([4.5] * len(lines))
+    for ax, (task, found) in zip(axes, lines.items(), strict=True):
+        for flags, scores in found:
+            deviation = scores.std(ddof=0).replace(0, math.nan)  # of one seed, none
+            ax.errorbar(deviation.index, scores.mean(), deviation, marker="o", capsize=3,
+                        color=COLORS["oap"], label=f"oap {flags * (len(found) > 1)} (n="
+                        f"{scores.count().min()})")
         for label, name, group in by_label(runs[runs.done & (runs.task == task)]):
             if name in ("offline", "o2o"):
-                ax.axhline(group.score.mean(), color=COLORS[name], linestyle="--", label=label)
+                mean, std = group.score.mean(), group.score.std(ddof=0)
+                ax.axhline(mean, color=COLORS[name], linestyle={"offline": "--", "o2o": ":"}[name],
+                           label=f"{label} (n={len(group)})")
+                ax.axhspan(mean - std, mean + std, color=COLORS[name], alpha=0.1, linewidth=0)
         ax.set(title=task, xlabel="normalised score of the black box", ylabel="normalised score")
         ax.legend(fontsize="small")
     return figure, "Figure 5: mean and deviation over seeds"
@@ -2356,53 +2446,57 @@ def figure_6(runs) -> tuple:
     """A task's learning curves, and, of runs with --audit, divergence against value gain."""
     import pandas as pd
 
-    audits = {}
-    for label, name, group in by_label(runs):
-        files = sorted(group.folder.iloc[0].glob("audit-*.npz"), key=lambda p: int(p.stem[6:]))
-        if files and "value_gain" in (arrays := np.load(files[-1])):
-            some = np.random.default_rng(0).permutation(len(arrays["divergence"]))[:3000]
-            audits[label] = name, arrays["divergence"][some], arrays["value_gain"][some]
-    first = runs.column.isin(TABLES["Table 2: training schemes"])
+    task, first = runs.task.iloc[0], runs.column.isin(TABLES["Table 2: training schemes"])
+    audits = [(label, name, group.audit.iloc[0]) for label, name, group in by_label(runs)
+              if group.audit.iloc[0] is not None]
     curves = [part for part in (runs[first], runs[~first]) if len(part)]
     figure, axes = panels([4.5] * len(curves) + [3] * len(audits))
     for ax, part in zip(axes, curves, strict=False):
         for i, (label, name, group) in enumerate(by_label(part)):
-            color = COLORS.get(name, "#999999")
+            mark, color = "" if group.done.any() else " *", COLORS.get(name, "#999999")
+            group = group if mark else group[group.done]
             seeds = pd.concat([x.set_index("step").score for x in group.rows], axis=1).dropna()
             mean, std, step = seeds.mean(axis=1), seeds.std(axis=1, ddof=0), seeds.index / 1000
             ax.plot(step, mean, ("-", "--", "-.", ":")[i % 4], color=color,
-                    label=f"{label} (n={len(group)})")
+                    marker="o" if len(step) == 1 else "", label=f"{label} (n={len(group)}{mark})")
             ax.fill_between(step, mean - std, mean + std, color=color, alpha=0.15, lw=0)
         ax.sharey(axes[0])
-        ax.set(xlabel="updates (thousands)", ylabel="normalised score")
+        ax.set(title=task, xlabel="updates (thousands)", ylabel="normalised score")
         ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     below = axes[len(curves):]
-    for ax, (label, (name, divergences, gains)) in zip(below, audits.items(), strict=True):
+    for ax, (label, name, (divergences, gains)) in zip(below, audits, strict=True):
         ax.sharex(below[0])
         ax.sharey(below[0])
         ax.scatter(divergences, gains, s=4, alpha=0.3, color=COLORS.get(name, "#999999"),
                    edgecolors="none")
         ax.axhline(0, color="#999999", linewidth=0.8)
-        ax.set(title=label, xlabel="divergence (π(s) - a)²", ylabel="value gain (return)")
+        ax.set(title=f"Figure 6: {label}", xlabel="divergence (π(s) - a)²",
+               ylabel="value gain (return)")
     figure.subplots_adjust(wspace=0.35)
-    return figure, f"{runs.task.iloc[0]}: mean and deviation over seeds; {runs.note.iloc[0]}" + (
+    return figure, f"{task}: mean and deviation over seeds; * not finished" + (
         "; Figure 6: Q*(s, π(s)) - Q*(s, a) of 3,000 samples in a first seed's last audit"
         if audits else "")
 
 
 def figure_7(runs) -> tuple | None:
     """The four ways to time interactions and queries."""
+    import matplotlib.pyplot as plt
+
     names = TABLES["Figure 7: timing"]
-    scores = runs[runs.done & runs.label.isin(names)].groupby(["task", "label"]).score
-    mean, deviation, seeds = (x.unstack().reindex(columns=names).dropna(axis=1, how="all")
-                              for x in (scores.mean(), scores.std(ddof=0), scores.count()))
-    if set(mean) <= {"o2o", "oap"}:
+    variants = runs[runs.done & runs.label.isin(set(names) - {"o2o", "oap"})]
+    if variants.empty:
         return None
+    same = runs[runs.done & runs.label.isin(names) & runs.task.isin(variants.task)]
+    scores = same.groupby(["task", "label"]).score
+    mean, deviation, seeds = (
+        x.unstack().reindex(columns=[name for name in names if name in set(same.label)])
+        for x in (scores.mean(), scores.std(ddof=0).replace(0, math.nan), scores.count()))
     figure, (ax,) = panels([2.5 + 1.5 * len(mean)])
-    mean.plot.bar(ax=ax, yerr=deviation, color=COLORS, capsize=3, rot=0, width=0.8, xlabel="",
+    mean.plot.bar(ax=ax, yerr=deviation, color=COLORS, capsize=3, width=0.8, xlabel="",
                   ylabel="normalised score")
+    plt.setp(ax.get_xticklabels(), rotation=20, ha="right")
     ax.legend([f"{name} (n={seeds[name].min():.0f})" for name in mean], fontsize="small",
-              loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+              loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure, "Figure 7: mean and deviation over seeds"
 
 
@@ -2427,15 +2521,16 @@ def report(root: Path, out: Path) -> None:
     text = [f"# {root}", "A score is the mean of a run's last 10 evaluations; then mean ± standard"
             " deviation over seeds (seeds × updates; \\* not finished) [the paper's]."]
 
-    def picture(name: str, drawn: tuple | None) -> None:
+    def picture(name: str, shown, drawn: tuple | None) -> None:
         if drawn is None:
             return
         figure, caption = drawn
+        caption = "; ".join([caption, *shown.note.unique(), *filter(None, shown.protocol.unique())])
         name = re.sub(r"[^\w.-]+", "-", name) + ".png"
         write_atomic(out / name, lambda part: figure.savefig(
             part, format="png", dpi=150, bbox_inches="tight"))
         plt.close(figure)
-        text.append(f"![{caption}]({name})\n\n*{caption}*")
+        text.append(f"![{name}]({name})\n\n*{caption}*")
 
     for number, (protocol, section) in enumerate(runs.groupby("protocol"), 1):
         for algo, group in section.groupby("algo"):
@@ -2448,18 +2543,21 @@ def report(root: Path, out: Path) -> None:
                 first = title.startswith("Table 2")
                 shown = whole if first else whole[whole.label.isin(plain.label)]
                 chosen = shown[shown.column.isin(columns)]
-                if len(chosen) and (first or not set(chosen.column) <= {"o2o", "oap"}):
+                if not first:  # tasks with a variant, not all that have the schemes themselves
+                    variants = chosen[~chosen.column.isin(["o2o", "oap"])]
+                    chosen = chosen[chosen.task.isin(variants.task)]
+                if len(chosen):
                     every = first and not protocol and bool(set(known) & set(group.task))
                     text += [f"### {title}", table(chosen, columns, theirs, known if every else [])]
             flags = group.own.map(lambda own: " ".join(filter(None, own.values())))
             text.append("\n".join(f"- `{given}`: {', '.join(labels.unique())}"
                                   for given, labels in group.label.groupby(flags) if given))
-            picture(f"{name}-figure-3", figure_3(plain))
-            picture(f"{name}-figure-5", figure_5(group))
-            picture(f"{name}-figure-7", figure_7(plain))
+            picture(f"{name}-figure-3", plain, figure_3(plain))
+            picture(f"{name}-figure-5", group, figure_5(group))
+            picture(f"{name}-figure-7", plain, figure_7(plain))
             for task, same in plain.groupby("task"):
-                picture(f"{name}-{task}", figure_6(same))
-        picture(f"{number}-figure-4", figure_4(section, published))
+                picture(f"{name}-{task}", same, figure_6(same))
+        picture(f"{number}-figure-4", section, figure_4(section, published))
     left = runs[~runs.done]
     lines = [f"{r.folder}: {r.step:,} of {r.updates:,} updates" for r in left.itertuples()]
     for title, items in (("Not finished", lines), ("Left out, because they can't be read", broken)):
@@ -2540,6 +2638,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for package in ("tensorboard", "wandb"):
         if getattr(args, package) and not importlib.util.find_spec(package):
             raise BadInput(f"--{package}: not installed; pip install {package}")
+    if re.search(r"[^\w.-]", args.tag):
+        raise BadInput(f"--tag {args.tag}: letters, digits, '.', '_' and '-' alone")
     if len(set(args.seeds)) < len(args.seeds):
         raise BadInput("--seeds: one is named twice")
     return args

@@ -28,20 +28,30 @@ for task in "${tasks[@]}"; do for scheme in "${schemes[@]}"; do for algo in "${a
   [ "$scheme" = expert ] && learner="" || learner=" --algo $algo"  # black boxes are SAC's
   runs+=("--env $task --scheme $scheme$learner --seeds ${SEEDS:-0 1 2 3 4}")
 done; done; done
-share=${SLURM_ARRAY_TASK_ID:-0} shares=${SLURM_ARRAY_TASK_COUNT:-1}
+shares=${SLURM_ARRAY_TASK_COUNT:-1}
+share=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
+[ "$share" -lt "$shares" ] || { echo "not one of $shares array tasks: $share"; exit 2; }
 
 failed=$(mktemp) && trap 'rm -f "$failed"' EXIT
 stopped="" children=()
-# A signal is passed on, run by run: each saves its checkpoint before it leaves.
-trap 'stopped=1; kill "${children[@]}" 2>/dev/null' INT TERM
+stop() {  # passes a signal on: each run saves its checkpoint before it leaves
+  stopped=1
+  kill "${children[@]}" 2>/dev/null
+  sleep 0.3  # a child that was just being forked may not have heard it
+  kill "${children[@]}" 2>/dev/null
+}
+trap stop INT TERM
+await() {  # a background process; a signal ends bash's own wait too early
+  while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+}
 begin() {  # a command, in the background, also if a signal comes right now
   "$@" &
   children+=($!)
-  [ -z "$stopped" ] || kill $! 2>/dev/null
+  [ -z "$stopped" ] || stop
 }
 queue() {  # GPU, its place among the GPUs, arguments for every run
   local gpu=$1 place=$2 i=-1 run status
-  trap 'stopped=1; kill "${children[@]}" 2>/dev/null' INT TERM
+  trap stop INT TERM
   [ "$gpu" = none ] || export CUDA_VISIBLE_DEVICES=$gpu
   for run in "${runs[@]}"; do
     i=$((i + 1)) children=()
@@ -53,16 +63,17 @@ queue() {  # GPU, its place among the GPUs, arguments for every run
     fi
     # shellcheck disable=SC2086
     begin python oap.py $run "${@:3}"
+    await $!
     wait $!
     status=$?
-    [ -z "$stopped" ] || { wait; return; }  # a signal ends the first wait
+    [ -z "$stopped" ] || return
     [ $status -eq 0 ] || echo "$run" >> "$failed"
   done
 }
 for place in "${!gpus[@]}"; do
   begin queue "${gpus[place]}" "$place" "$@"
 done
-wait
-[ -z "$stopped" ] || { wait; echo "stopped: the same command goes on"; }
+for queue in "${children[@]}"; do await "$queue"; done
+[ -z "$stopped" ] || echo "stopped: the same command goes on"
 [ ! -s "$failed" ] || { echo "failed runs:" && cat "$failed"; }
 [ -z "$stopped" ] && [ ! -s "$failed" ]

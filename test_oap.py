@@ -1508,6 +1508,7 @@ BAD = {
     "no such device": ["--device=cuda:77"],
     "graph without GPU": ["--cuda-graph", "--device=cpu"],
     "a seed twice": ["--seeds", "1", "1"],
+    "a tag that leads elsewhere": ["--tag=../bad"],
     "no such kind of device": ["--device=abacus"],
 }
 
@@ -1541,9 +1542,33 @@ def test_bad_input_is_one_line_and_exit_code_2(out, bad_files, argv, capsys, mon
     assert not list(Path(out).glob("**/*bad*")) and not list(Path(out).glob("**/*.part"))
 
 
-def test_a_diverged_run_stops_with_one_line(out, capsys):
-    assert run("--lr=1e11", f"--out={out}", "--tag=diverged", "--scheme=offline") == 2
-    assert "critic_loss is" in capsys.readouterr().err
+@pytest.mark.parametrize("argv, loss", [
+    (["--lr=1e11"], "critic_loss is nan by update 20; there is no checkpoint yet"),
+    (["--reward-shift=1e9"], "critic_loss is 2e+18"),
+    (["--ranknet-epochs=1"], "ranknet_loss is nan"),
+])  # fmt: skip
+def test_a_diverged_run_stops_with_one_line(out, capsys, monkeypatch, argv, loss):
+    if "ranknet" in loss:
+        monkeypatch.setattr(oap, "train_ranknet", lambda *_: math.nan)
+    assert run(*argv, f"--out={out}", f"--tag=diverged-{len(loss)}") == 2
+    error = capsys.readouterr().err
+    assert loss in error and error.count("\n") == 1
+
+
+def test_no_checkpoint_has_broken_parameters(out, capsys, monkeypatch):
+    save = oap.Run.save
+
+    def spoil(self):
+        save(self)
+        self.agent.actor_opt.mean[0][0] = math.nan  # so that the next step breaks the actor
+
+    monkeypatch.setattr(oap.Run, "save", spoil)
+    argv = [f"--out={out}", "--tag=spoilt", "--checkpoint-every=1", "--scheme=offline"]
+    assert run(*argv) == 2
+    assert "a parameter is nan by update 2; " in (error := capsys.readouterr().err)
+    assert "checkpoint.pt is from before" in error
+    checkpoint = Path(out, "Point-v0-medium/td3bc-offline-spoilt/0/checkpoint.pt")
+    assert torch.load(checkpoint)["step"] == 1
 
 
 @pytest.mark.parametrize("error, message", [
@@ -1663,36 +1688,54 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(out, monkeypatch, caps
         assert error.count("\n") == 1 and path.read_bytes() == content
         return error
 
-    for content in (good[: len(good) // 2], b"text", b""):
+    def changed(**changes):
+        torch.save(torch.load(io.BytesIO(good)) | changes, file := io.BytesIO())
+        return file.getvalue()
+
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for content in (good[: len(good) // 2], b"text", b"", bytes(flipped), changed(rows=[]),
+                    changed(tensors=[])):  # fmt: skip
         path.write_bytes(content)
         assert "can't be read" in refused()
-    state = torch.load(io.BytesIO(good))
-    torch.save(state | {"version": 0}, path)
-    content = path.read_bytes()
-    assert "another version's" in refused()
+    made_of = torch.load(io.BytesIO(good))["made_of"]
+    for change, message in (
+            ({"version": 0}, "another version's"),
+            ({"made_of": made_of | {"lr": 1}}, "--lr 1, not"),
+            ({"made_of": made_of | {"seeds": [3, 4]}}, "--seeds [3, 4], not [1, 2]")):  # fmt: skip
+        path.write_bytes(content := changed(**change))
+        assert message in refused()
     path.write_bytes(content := good)
+    config = path.with_name("config.json").read_text()
+    for broken in ("[1]", '{"args": 5}', '{"args": {}}', None):
+        path.with_name("config.json").unlink()
+        if broken:
+            path.with_name("config.json").write_text(broken)
+        assert "config.json can't be read" in refused()
+        path.with_name("config.json").write_text(config)
     assert "--lr 0.0003, not 0.001" in refused("--lr=1e-3")
     assert "begun with --seeds 1 2" in refused("--seeds", "1")
     with h5py.File(dataset, "r+") as file:
         file["rewards"][3] = 7
-    assert "another dataset" in refused()
+    assert "a dataset whose sum is" in refused()
     assert run(*argv, "--overwrite") == 0 and not path.exists()
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(out, monkeypatch, capsys):
-    save, calls = torch.save, itertools.count(1)
+    write, calls = Path.write_bytes, itertools.count(1)
 
-    def full(state, part):
+    def full(path, content):
         if next(calls) == 3:
-            Path(part).write_bytes(b"half")
+            write(path, b"half")
             raise OSError(28, "No space left on device")
-        save(state, part)
+        write(path, content)
 
     argv = [f"--out={out}", "--tag=full", "--checkpoint-every=10", "--scheme=offline"]
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", full)
+        patched.setattr(Path, "write_bytes", full)
         assert run(*argv) == 2
-    assert "No space left" in capsys.readouterr().err
+    assert "No space left on device: '" in (error := capsys.readouterr().err)
+    assert "checkpoint.pt'" in error
     folder = Path(out, "Point-v0-medium/td3bc-offline-full/0")
     assert torch.load(folder / "checkpoint.pt")["step"] == 20 and not list(folder.glob("*.part"))
     assert run(*argv) == 0
