@@ -419,6 +419,58 @@ def test_ten_iql_updates_equal_the_published_algorithm():
         assert torch.allclose(p, q, rtol=0, atol=1e-10)
 
 
+def test_ten_sac_updates_equal_the_published_algorithm():
+    """With its automatic temperature; the actions' density is torch.distributions' own."""
+    rng, agent = torch.Generator().manual_seed(2), make_agent("sac", dtype=torch.float64)
+    actor, q1, q2 = doubles((5, 6), (8, 1), (8, 1))
+    copy_into(agent.actor, actor)
+    for critic in (agent.critic, agent.critic_target):
+        copy_into(critic.q1, q1), copy_into(critic.q2, q2)
+    q1_t, q2_t = map(copy.deepcopy, (q1, q2))
+    log_alpha = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    actor_opt = torch.optim.Adam(actor.parameters(), 3e-4)
+    q_opt = torch.optim.Adam([*q1.parameters(), *q2.parameters()], 3e-4)
+    alpha_opt = torch.optim.Adam([log_alpha], 3e-4)
+
+    def sample(state, noise):
+        mean, log_std = actor(state).chunk(2, -1)
+        std = log_std.clamp(-20, 2).exp()
+        policy = torch.distributions.TransformedDistribution(
+            torch.distributions.Normal(mean, std),
+            torch.distributions.transforms.TanhTransform(cache_size=1))
+        action = policy.transforms[0](mean + std * noise)
+        return action, policy.log_prob(action).sum(1, keepdim=True)
+
+    def step(opt, loss):
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    for _ in range(10):
+        b = batch_of(rng, dtype=torch.float64)
+        noise = torch.randn(2, 64, 3, generator=rng, dtype=torch.float64)
+        with torch.no_grad():
+            a2, log_pi2 = sample(b.next_state, noise[0])
+            x2 = torch.cat([b.next_state, a2], 1)
+            soft = torch.min(q1_t(x2), q2_t(x2)) - log_alpha.exp() * log_pi2
+            y = b.reward[:, None] + 0.99 * b.not_done[:, None] * soft
+        x = torch.cat([b.state, b.action], 1)
+        step(q_opt, F.mse_loss(q1(x), y) + F.mse_loss(q2(x), y))
+        pi, log_pi = sample(b.state, noise[1])
+        x = torch.cat([b.state, pi], 1)
+        step(actor_opt, (log_alpha.exp().detach() * log_pi - torch.min(q1(x), q2(x))).mean())
+        step(alpha_opt, -(log_alpha * (log_pi.detach() - 3)).mean())
+        for net, target in ((q1, q1_t), (q2, q2_t)):
+            for p, pt in zip(net.parameters(), target.parameters(), strict=True):
+                pt.data.copy_(0.005 * p.data + 0.995 * pt.data)
+        agent.update(b, noise, True)
+    assert agent.temperature["log"].item() == pytest.approx(log_alpha.item(), abs=1e-12)
+    for ours, theirs in (
+            (agent.actor, actor), (agent.critic.q1, q1), (agent.critic_target.q2, q2_t)):  # fmt: skip
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=0, atol=1e-10), (p - q).abs().max()
+
+
 def test_no_update_leaves_gradients_in_other_networks():
     agent, rng = make_agent("td3bc", 10), torch.Generator().manual_seed(0)
     before = copy.deepcopy(agent.critic.state_dict())
