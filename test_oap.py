@@ -465,8 +465,8 @@ def test_ten_sac_updates_equal_the_published_algorithm():
                 pt.data.copy_(0.005 * p.data + 0.995 * pt.data)
         agent.update(b, noise, True)
     assert agent.temperature["log"].item() == pytest.approx(log_alpha.item(), abs=1e-12)
-    for ours, theirs in (
-            (agent.actor, actor), (agent.critic.q1, q1), (agent.critic_target.q2, q2_t)):  # fmt: skip
+    pairs = (agent.actor, actor), (agent.critic.q1, q1), (agent.critic_target.q2, q2_t)
+    for ours, theirs in pairs:
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(p, q, rtol=0, atol=1e-10), (p - q).abs().max()
 
