@@ -2108,7 +2108,9 @@ def train(args: argparse.Namespace, wait: bool = False) -> list[list[dict[str, f
                 else:
                     for log in run.logs:
                         log.begin(args, run.protocol)
-                    print(f"{run.checkpoint.parent}: {json.dumps(run.protocol)}")
+                    print(f"{run.checkpoint.parent}: " + ", ".join(
+                        f"{k} {v:,.5g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in run.protocol.items() if v is not None))
                 for log in run.logs:
                     log.trackers = trackers(args, log.folder, run.step)
                 learn(run, stop)
