@@ -1601,10 +1601,14 @@ def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
     return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(seed))
 
 
+def d4rl_robot(robot: str) -> str:
+    """hopper of Hopper-v4; itself, of what D4RL has not."""
+    return next((name for name, r in ROBOTS.items() if r.gym_id == robot), robot)
+
+
 def shipped_expert(robot: str, which: str = "") -> Path:
     """This project's own black box of a robot, or a weaker one; there may be none."""
-    name = next((name for name, r in ROBOTS.items() if r.gym_id == robot), robot)
-    return Path(__file__).parent / "experts" / f"{name}{which}.pt"
+    return Path(__file__).parent / "experts" / f"{d4rl_robot(robot)}{which}.pt"
 
 
 def expert_folder(args: argparse.Namespace, task: Task) -> Path:
@@ -2224,7 +2228,8 @@ def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
             "ranknet_epochs": asks, "random_steps": not scheme.data, "expert": asks,
             "exploration_noise": scheme.spends == "interactions"}
     read |= {"expert_steps": True} if expert else {}
-    said = FREE | {"env", "scheme", "algo", "timing", "ranknet", "audit", "tag"}
+    said = FREE | {"env", "scheme", "algo", "timing", "ranknet", "audit", "tag"} | (
+        {"dataset_size"} if expert else set())
 
     def written(name: str, value) -> str:
         flag = name.replace("_", "-")
@@ -2272,7 +2277,7 @@ def read_runs(root: Path) -> tuple:
             runs.append({
                 "algo": args.algo, "protocol": protocol, "column": name, "own": own,
                 "label": f"{name}-{args.tag}" if args.tag else name, "tag": args.tag,
-                "task": task.robot if args.scheme == "expert" else task.name,
+                "task": d4rl_robot(task.robot) if args.scheme == "expert" else task.name,
                 "seed": int(path.parent.name), "score": score,
                 "step": int(rows[-1]["step"]), "updates": updates,
                 "done": rows[-1]["step"] >= updates, "rows": pd.DataFrame(rows),

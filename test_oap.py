@@ -1395,6 +1395,25 @@ def test_shipped_black_boxes_spare_the_training(out, tmp_path, monkeypatch, caps
     assert (tmp_path / "Point-v0/sac-expert/0/medium-replay.hdf5").is_file()
 
 
+@pytest.mark.parametrize("path", sorted(HERE.glob("experts/*.pt")), ids=lambda path: path.stem)
+def test_shipped_scores(path):
+    """README's table, with OAP_EPISODES=100. Every policy returns what its file says."""
+    assert path.stat().st_size < 2**20
+    robot = path.stem.partition("-")[0]
+    env, episodes = f"{robot}-medium-v2", int(os.environ.get("OAP_EPISODES", "3"))
+    args = oap.parse_args([f"--env={env}", f"--eval-episodes={episodes}"])
+    actor, saved = oap.load_sac(path, "cpu")
+    units, envs = oap.Units(*saved["units"]), oap.make_envs(oap.parse_task(env), args)
+    returns = oap.evaluate(envs, oap.raw_policy(actor, units), episodes, [8 * 10**6])
+    error = returns.std() / math.sqrt(episodes)
+    low, high = oap.reference_returns(args, oap.parse_task(env))
+    print(f"\n{path.stem}: score {100 * (returns.mean() - low) / (high - low):.1f} ±"
+          f" {100 * error / (high - low):.1f}, {saved['step']:,} steps")
+    assert abs(returns.mean() - saved["return"]) < 4 * error + 0.15 * saved["return"]
+    box = oap.load_black_box(str(path), units, 10)
+    assert box.returns == saved["return"] and box.q is not None
+
+
 def test_no_black_box_is_trained_for_a_run_that_needs_none(out, tmp_path, monkeypatch):
     """Hopper has D4RL's reference returns, so an offline run on a file needs nothing of SAC's."""
     oap.write_dataset(tmp_path / "d.hdf5", {
