@@ -2073,7 +2073,8 @@ def finish(run: Run) -> None:
             value, what = finish_expert(run, k), "the best evaluation's policy over 100 episodes"
         else:
             run.save_model(k, "model.pt", value)
-        print(f"{log.folder}: return {value:,.1f}, score {log.score(value):.1f}, {what}")
+        score = f" score {log.score(value):.1f}," if math.isfinite(log.zero) else ""
+        print(f"{log.folder}: return {value:,.1f},{score} {what}")
     run.checkpoint.unlink(missing_ok=True)
 
 
