@@ -2227,8 +2227,7 @@ def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     read = {"steps": not expert, "finetune_steps": scheme.finetune, "interval": asks,
             "budget": bool(scheme.spends) and not expert and args.budget < math.inf,
             "ranknet_epochs": asks, "random_steps": not scheme.data, "expert": asks,
-            "exploration_noise": scheme.spends == "interactions"}
-    read |= {"expert_steps": True} if expert else {}
+            "exploration_noise": scheme.spends == "interactions", "expert_steps": True}
     said = FREE | {"env", "scheme", "algo", "timing", "ranknet", "audit", "tag"} | (
         {"dataset_size"} if expert else set())
 
@@ -2297,8 +2296,9 @@ def read_runs(root: Path) -> tuple:
     runs = runs[~twice].reset_index(drop=True)
     for _, alike in runs.groupby(["algo", "protocol", "label"]):
         for flag in alike.own.iloc[0]:
-            given, rivals = alike.own.str[flag], alike.task if flag == "expert" else alike.algo
-            given = given[given.groupby(rivals).transform("nunique") > 1]  # a black box is a task's
+            of_task = flag.startswith("expert")  # a black box, and how long it was trained
+            given, rivals = alike.own.str[flag], alike.task if of_task else alike.algo
+            given = given[given.groupby(rivals).transform("nunique") > 1]
             runs.loc[given.index, "label"] += (" " + given).str.rstrip()
     return runs, broken
 
