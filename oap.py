@@ -1120,6 +1120,8 @@ def parse_task(name: str) -> Task:
     gym_id, colon, quality = name.rpartition(":")
     if colon and quality not in QUALITIES:
         raise BadInput(f"{name}: the quality {quality!r} is none of {', '.join(QUALITIES)}")
+    if colon and gym_id.startswith("AdroitHand"):
+        return Task(name, "adroit", gym_id, quality, f"{d4rl_robot(gym_id)}-human-v1")
     if colon:
         same = f"{gym_id.rpartition('-')[0].lower()}-medium-v2"
         return Task(name, "gym", gym_id, quality, same)
@@ -1214,12 +1216,13 @@ def write_ant_maze(maze: str, path: str) -> None:
 def make_env(task: str, physics: str = "exact"):
     """The gymnasium.Env of --env, with Box spaces.
 
-    A D4RL task has D4RL's observation, actions, reward, termination, horizon, start and goal.
+    A D4RL task has D4RL's observation, actions, reward, termination, horizon, start and goal, and
+    so has a local one of its robots (AdroitHandPen-v1:medium), but for AntMaze's.
     `physics` is "exact" for the robots that D4RL's data came from, "stock" for today's.
     """
     import gymnasium as gym
 
-    robot = parse_task(task).robot
+    robot = d4rl_robot(parse_task(task).robot)
     _, gym_id, horizon, _, maze = ROBOTS.get(robot, Robot("gym", robot, 0, ()))
     if gym_id.startswith("AdroitHand"):
         import gymnasium_robotics
@@ -1603,7 +1606,7 @@ def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
 
 def d4rl_robot(robot: str) -> str:
     """hopper of Hopper-v4; itself, of what D4RL has not."""
-    return next((name for name, r in ROBOTS.items() if r.gym_id == robot), robot)
+    return next((k for k, r in ROBOTS.items() if r.gym_id == robot and not r.maze), robot)
 
 
 def shipped_expert(robot: str, which: str = "") -> Path:
