@@ -2440,7 +2440,7 @@ def figure_5(runs) -> tuple | None:
         for flags, scores in found:
             deviation = scores.std(ddof=0).replace(0, math.nan)  # of one seed, none
             ax.errorbar(deviation.index, scores.mean(), deviation, marker="o", capsize=3,
-                        color=COLORS["oap"], label=f"oap {flags * (len(found) > 1)} (n="
+                        color=COLORS["oap"], label=f"oap{f' {flags}' * (len(found) > 1)} (n="
                         f"{scores.count().min()})")
         for label, name, group in by_label(runs[runs.done & (runs.task == task)]):
             if name in ("offline", "o2o"):
