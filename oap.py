@@ -1,7 +1,7 @@
 """Offline-with-Action-Preferences (OAP, ICML 2023) in one file.
 
     python oap.py                                        # a demo that needs nothing; minutes
-    python oap.py --scheme oap --env pen-human-v1 --expert FILE
+    python oap.py --scheme oap --env pen-human-v1        # asks experts/pen.pt
     python oap.py --scheme o2o --algo iql --env Hopper-v4:medium-replay       # no download either
     python oap.py --scheme oap --env pen-human-v1 --seeds 0 1 2 3 4     # five at once
     python oap.py --help
