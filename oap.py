@@ -2,7 +2,7 @@
 
     python oap.py                                        # a demo that needs nothing; minutes
     python oap.py --scheme oap --env pen-human-v1        # asks experts/pen.pt
-    python oap.py --scheme o2o --algo iql --env Hopper-v4:medium-replay       # no download either
+    python oap.py --scheme o2o --algo iql --env Hopper-v4:medium        # experts/ make the data
     python oap.py --scheme oap --env pen-human-v1 --seeds 0 1 2 3 4     # five at once
     python oap.py --help
 
@@ -20,10 +20,12 @@ which of two actions is better in a state of the dataset: the recorded one or th
     Eq. 5 is Eq. 6 with ã = a.  Eq. 6: td3bc_actor_loss, iql_actor_loss.  Eq. 7: improvement_bound.
 
 What the paper leaves open, and what is done here:
- 1. l_i is summed over action dimensions, for the deterministic policy (IQL: the Gaussian's mean).
+ 1. l_i is summed over action dimensions, scaled to [-1, 1], for the deterministic policy (IQL: the
+    Gaussian's mean). Q* is the smaller of the black box's two.
  2. A round that may ask more samples than were never asked asks the most divergent others again,
     about the current policy's action; no sample twice in one round, which would tell nothing.
-    What a small dataset cannot use of the budget is lost (pen-human: half of it).
+    What a small dataset cannot use of the budget is lost (pen-human: half of it). Table 3's
+    OAP(inf) asks about all of D in every round.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã is frozen between rounds: the policy's action as it was when it was preferred. Asked samples
     keep the black box's answer; in every round RankNet answers anew for all the others.
@@ -41,9 +43,10 @@ What the paper leaves open, and what is done here:
     uniform over D and own transitions, whose ã is the action itself.
 10. Schemes without D begin with 1,000 uniformly random actions, counted in the budget and in the
     even spread. TD3+BC explores with TD3's noise of 0.1, IQL and SAC by sampling.
-11. AntMaze's rewards are lowered by 1; IQL's rewards on D4RL's locomotion are scaled to 1000 /
+11. AntMaze's rewards are lowered by 1; IQL's rewards on D4RL's locomotion are scaled by 1000 /
     (best - worst trajectory) and its actions clipped to 1 - 1e-5 (its authors' code). TD3+BC
-    normalises states by D's mean and deviation, where there is D.
+    normalises states by D's mean and deviation, where there is D. An evaluation has 10 episodes, on
+    AntMaze 100; v0's goal is drawn at every reset, as v2's, and not once for a process.
 12. Local tasks ID:QUALITY follow D4RL's recipe with "a third of the final return" counted from a
     random policy's return, which gives it a meaning for negative returns too. medium-expert is half
     of each, not both.
@@ -87,7 +90,7 @@ from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------- arguments and schemes
 
-# Table 5's Gym / AntMaze / Adroit columns, then the domains' own protocols (point 11).
+# Table 5's Gym / AntMaze / Adroit columns, then two of the domains' protocols (point 11).
 DOMAIN_DEFAULTS = {
     "td3bc_alpha":   {"gym": 2.5, "antmaze": 2.5,  "adroit": 0.1},
     "iql_beta":      {"gym": 3.0, "antmaze": 10.0, "adroit": 0.5},
@@ -95,7 +98,7 @@ DOMAIN_DEFAULTS = {
     "iql_dropout":   {"gym": 0.0, "antmaze": 0.0,  "adroit": 0.1},
     "reward_shift":  {"gym": 0.0, "antmaze": -1.0, "adroit": 0.0},
     "eval_episodes": {"gym": 10,  "antmaze": 100,  "adroit": 10},
-}  # fmt: skip
+}
 
 
 class Scheme(NamedTuple):
@@ -106,6 +109,14 @@ class Scheme(NamedTuple):
     timing: str  # when it is spent: "interval", during the first phase, or "ft", after it
     finetune: bool  # has a second phase, of --finetune-steps updates
 
+    @property
+    def asks(self) -> bool:
+        return self.spends == "queries"
+
+    @property
+    def interacts(self) -> bool:
+        return self.spends == "interactions"
+
 
 SCHEMES = {
     "offline":    Scheme(data=True,  spends="",             timing="interval", finetune=False),
@@ -114,7 +125,7 @@ SCHEMES = {
     "o2o":        Scheme(data=True,  spends="interactions", timing="ft",       finetune=True),
     "oap":        Scheme(data=True,  spends="queries",      timing="interval", finetune=True),
     "expert":     Scheme(data=False, spends="interactions", timing="interval", finetune=False),
-}  # fmt: skip
+}
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 
 
@@ -146,7 +157,7 @@ class Help(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if row := DOMAIN_DEFAULTS.get(action.dest):
             return f"{action.help} (default: {', '.join(f'{v} {k}' for k, v in row.items())})"
-        shown = action.default not in (None, argparse.SUPPRESS)
+        shown = action.default not in (None, "", argparse.SUPPRESS)
         return action.help + " (default: %(default)s)" * shown
 
 
@@ -193,8 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
     add("--eval-episodes", type=count, help="per evaluation")
     add("--normalize", action=switch, help="states to mean 0, deviation 1 (default: for td3bc)")
-    add("--reward-shift", type=float, help="added to rewards")
-    add("--reward-scale", action=switch, help="IQL's, of locomotion (default: for iql)")
+    add("--reward-shift", type=number(-1e12), help="added to rewards")
+    add("--reward-scale", action=switch, help="IQL's (default: for iql, on D4RL's locomotion)")
     add("--expert-steps", type=count, default=3_000_000, help="SAC's steps, for --scheme expert")
     add("--dataset-size", type=number(100, kind=int), default=1_000_000, help="of local tasks")
     # every algorithm
@@ -307,7 +318,7 @@ def pseudo_query(ranknet: nn.Module, state: Tensor, action: Tensor, other: Tenso
 
 
 def improvement_bound(q: Callable, state: Tensor, action: Tensor, preferred: Tensor) -> float:
-    """Eq. 7: mean of Q*(s, ã) - Q*(s, a), in units of return."""
+    """Eq. 7, the estimate behind Eq. 8's bound: mean of Q*(s, ã) - Q*(s, a), in Q*'s units."""
     return (q(state, preferred) - q(state, action)).mean().item()
 
 
@@ -352,7 +363,8 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
     if ranknet is not None and len(rest):
         pairs = (state[queries.index], action[queries.index], queries.policy_action,
                  queries.prefers_data)
-        log["ranknet_loss"] = train_ranknet(ranknet, optimizer, pairs, epochs * count, generator)
+        log["ranknet_loss"] = train_ranknet(
+            ranknet, optimizer, pairs, epochs * len(chosen), generator)
         prefers_data = in_chunks(lambda i: pseudo_query(ranknet, state[i], action[i], pi[i]), rest)
         preferred[rest] = torch.where(prefers_data[:, None], action[rest], pi[rest])
     return log
@@ -529,9 +541,10 @@ def draw_integers(generators: list[torch.Generator], count: int) -> Tensor:
 # networks() of each seed are stacked, and then given to the constructor. Losses are written for one
 # seed; means and sums over the last axes let a leading axis of seeds through. actor(state) is the
 # deterministic policy: what is evaluated, and compared with the data's actions. explore(state,
-# noise) interacts. update(batch, noise, delayed) updates everything, of TD3 some only if `delayed`,
-# and returns losses; all that is random in it is `noise`, what draw(generators, batch_size) drew.
-# `args` has the flags' names as attributes; only IQL's decay asks how many `updates` will come.
+# noise) is what acts in an environment. update(batch, noise, delayed) updates everything, of TD3
+# some only if `delayed`, and returns losses; all that is random in it is `noise`, what
+# draw(generators, batch_size) drew. `args` has the flags' names as attributes; only IQL's decay
+# asks how many `updates` will come.
 
 
 def bellman_loss(critic: nn.Module, batch: Batch, next_value: Tensor, discount: float) -> Tensor:
@@ -616,8 +629,7 @@ class IQL:
 
     def __init__(self, networks: nn.ModuleDict, args: argparse.Namespace, updates: float):
         self.args, self.updates = args, updates
-        self.actor, self.critic, self.value = (
-            networks[name] for name in ("actor", "critic", "value"))
+        self.actor, self.critic, self.value = networks.values()
         self.critic_target, self.value_opt = target_of(self.critic), Adam(self.value, args.lr)
         self.actor_opt, self.critic_opt = Adam(self.actor, args.lr), Adam(self.critic, args.lr)
 
@@ -663,9 +675,10 @@ def sac_actor_loss(actor: SquashedActor, critic: nn.Module, temperature: Tensor,
     return (temperature.unsqueeze(-1) * log_prob - q).mean(-1), log_prob
 
 
-def sac_temperature_loss(log_temperature: Tensor, log_prob: Tensor, entropy: float) -> Tensor:
-    """Raises the temperature while the policy's entropy is below `entropy`, in nats."""
-    return -log_temperature * (log_prob.detach() + entropy).mean(-1)
+def sac_temperature_loss(log_temperature: Tensor, log_prob: Tensor,
+                         target_entropy: float) -> Tensor:
+    """Raises the temperature while the policy's entropy is below the target, in nats."""
+    return -log_temperature * (log_prob.detach() + target_entropy).mean(-1)
 
 
 class SAC:
@@ -748,7 +761,7 @@ class BlackBox:
     def __init__(self, units: Units, budget: float, q: Callable | None = None,
                  prefer: Callable | None = None, returns: float = math.nan):
         self.units, self.budget, self.q, self.prefer = units, budget, q, prefer
-        self.returns = returns  # the mean return of the policy that it belongs to, if known
+        self.returns = returns  # what its file says is its policy's mean return, for the log
         self.asked = self.audited = 0
 
     def __call__(self, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
@@ -767,8 +780,14 @@ class BlackBox:
         """Q*(s, a) (B,), for Eq. 7 and audits, if there is a `q`."""
         return in_chunks(self._value, state, action)
 
+    def _ask(self, function: Callable, *arguments) -> Tensor | np.ndarray:
+        try:
+            return function(*arguments)
+        except Exception as error:  # noqa: BLE001 whatever a user's file or function raises
+            raise BadInput(f"black box: {last_line(error)}") from error
+
     def _value(self, state: Tensor, action: Tensor) -> Tensor:
-        value = self.q(self.units.raw_state(state), self.units.raw_action(action))
+        value = self._ask(self.q, self.units.raw_state(state), self.units.raw_action(action))
         if value.shape != state.shape[:1] or not value.isfinite().all():
             raise BadInput(f"Q(s, a) of {len(state)} rows must be as many finite numbers")
         return value
@@ -777,10 +796,14 @@ class BlackBox:
         if self.q is not None:
             return self._value(state, action) >= self._value(state, other)
         raw = (self.units.raw_state(state), *map(self.units.raw_action, (action, other)))
-        answer = np.asarray(self.prefer(*(x.cpu().numpy() for x in raw)))
+        answer = np.asarray(self._ask(self.prefer, *(x.cpu().numpy() for x in raw)))
         if answer.shape != state.shape[:1] or not np.isin(answer, (0, 1)).all():
             raise BadInput(f"the answer to {len(state)} rows must be as many bools")
         return torch.as_tensor(answer.astype(bool), device=state.device)
+
+
+def last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
@@ -798,10 +821,10 @@ def load_black_box(spec: str, units: Units, budget: float) -> BlackBox:
             box = BlackBox(units, budget, q, returns=returns)
         state, action = (x.new_zeros(2, len(x)) for x in (units.mean, units.low))
         box._answer(state, action, action)  # on zeros and not counted: does it fit?
-    except Exception as error:  # noqa: BLE001 whatever a user's file or function raises
-        text = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # noqa: BLE001 as above
+        text = last_line(error).removeprefix("black box: ")
         raise BadInput(f"black box {spec}, for {len(units.mean)}-dimensional states and"
-                       f" {len(units.low)}-dimensional actions: {text[-1]}") from error
+                       f" {len(units.low)}-dimensional actions: {text}") from error
     return box
 
 
@@ -853,7 +876,7 @@ SHA256 = {
     "antmaze-large-play-v2": "6d353df24578", "antmaze-large-diverse-v2": "84f775eb7956",
     "pen-expert-v1": "3791b8ca6a80", "door-human-v1": "f9691288c3dd",
     "door-cloned-v1": "1f6a60ecc4d2", "door-expert-v1": "66df4cd4e0a1",
-}  # fmt: skip
+}
 
 
 REPLAY = 1_000_000  # own transitions that are sampled where there is no D, the newest (rlkit)
@@ -911,11 +934,12 @@ class Data:
         return Batch(state, action, reward.squeeze(-1), next_state, not_done.squeeze(-1), preferred)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """write(a temporary name), then rename: half a file never has the final name."""
+@contextlib.contextmanager
+def atomically(path: Path):
+    """A temporary name to write to, then renamed: half a file never has the final name."""
     part = path.with_name(path.name + ".part")
     try:
-        write(part)
+        yield part
         part.replace(path)
     except OSError as error:
         if error.errno and not error.filename:  # a full disk's names no file
@@ -928,24 +952,23 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def save(path: Path, state: dict) -> None:
     """torch.save, atomically. Raises OSError alone, which torch.save itself does not."""
     torch.save(state, buffer := io.BytesIO())
-    write_atomic(path, lambda part: part.write_bytes(buffer.getbuffer()))
+    with atomically(path) as part:
+        part.write_bytes(buffer.getbuffer())
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda part: part.write_text(text))
+    with atomically(path) as part:
+        part.write_text(text)
 
 
 def write_dataset(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """D4RL's hdf5: terminals and timeouts are bools, the other ARRAYS float32."""
     import h5py
 
-    def write(part: Path) -> None:
-        with h5py.File(part, "w") as file:
-            for key, value in arrays.items():
-                value = value.astype(bool if key in ("terminals", "timeouts") else np.float32)
-                file.create_dataset(key, data=value, compression="gzip")
-
-    write_atomic(path, write)
+    with atomically(path) as part, h5py.File(part, "w") as file:
+        for key, value in arrays.items():
+            value = value.astype(bool if key in ("terminals", "timeouts") else np.float32)
+            file.create_dataset(key, data=value, compression="gzip")
 
 
 def qlearning_dataset(source: str, raw: dict[str, np.ndarray], box, state_dim: int, horizon: int,
@@ -996,8 +1019,8 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
             if missing := set(ARRAYS) - {"timeouts"} - set(file):
                 raise BadInput(f"dataset {path} has no {', '.join(sorted(missing))}")
             return {key: file[key][()] for key in ARRAYS if key in file}
-    except OSError as error:
-        reason = f"can't be read: {error}" if Path(path).exists() else "does not exist"
+    except (OSError, TypeError) as error:  # TypeError: one is a group
+        reason = f"can't be read: {error}" if path.exists() else "does not exist"
         raise BadInput(f"dataset {path} {reason}") from error
 
 
@@ -1054,10 +1077,6 @@ def download(sources: list[str], path: Path, sha256: str) -> Path:
     """Fetches the first source that works; nothing unchecked or half-written is left behind."""
     import h5py
 
-    def fetch(part: Path) -> None:
-        torch.hub.download_url_to_file(source, str(part), sha256 or None)
-        h5py.File(part).close()
-
     path.parent.mkdir(parents=True, exist_ok=True)
     timeout, failures = socket.getdefaulttimeout(), []
     socket.setdefaulttimeout(30)  # of silence; torch.hub would wait forever
@@ -1065,7 +1084,9 @@ def download(sources: list[str], path: Path, sha256: str) -> Path:
         for source in sources:
             print(f"downloading {source} to {path}")
             try:
-                write_atomic(path, fetch)
+                with atomically(path) as part:
+                    torch.hub.download_url_to_file(source, str(part), sha256 or None)
+                    h5py.File(part).close()  # it can be opened
                 return path
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 failures.append(f"{source}: {error}")
@@ -1082,26 +1103,28 @@ class Robot(NamedTuple):
     domain: str  # a column of DOMAIN_DEFAULTS
     gym_id: str
     horizon: int  # D4RL's
-    versions: tuple[str, ...]  # of D4RL's tasks
     maze: str = ""  # 1 wall, r start, g goal, / next row; `play` and `diverse` differ in data alone
 
 
 # Locomotion is -v4: -v5 changed the rewards. Ant-v5 can be told AntMaze's observation, -v4 can't.
 ROBOTS = {
-    "hopper": Robot("gym", "Hopper-v4", 1000, ("-v2",)),
-    "walker2d": Robot("gym", "Walker2d-v4", 1000, ("-v2",)),
-    "halfcheetah": Robot("gym", "HalfCheetah-v4", 1000, ("-v2",)),
-    "antmaze-umaze": Robot(
-        "antmaze", "Ant-v5", 700, ("-v0", "-v2"), "11111/1r001/11101/1g001/11111"),
-    "antmaze-medium": Robot(
-        "antmaze", "Ant-v5", 1000, ("-v0", "-v2"),
+    "hopper": Robot("gym", "Hopper-v4", 1000),
+    "walker2d": Robot("gym", "Walker2d-v4", 1000),
+    "halfcheetah": Robot("gym", "HalfCheetah-v4", 1000),
+    "antmaze-umaze": Robot("antmaze", "Ant-v5", 700, "11111/1r001/11101/1g001/11111"),
+    "antmaze-medium": Robot("antmaze", "Ant-v5", 1000,
         "11111111/1r011001/10010001/11000111/10010001/10100101/100010g1/11111111"),
-    "antmaze-large": Robot(
-        "antmaze", "Ant-v5", 1000, ("-v0", "-v2"), "111111111111/1r0001000001/101101010101"
+    "antmaze-large": Robot("antmaze", "Ant-v5", 1000, "111111111111/1r0001000001/101101010101"
         "/100000010001/101111011101/100101000001/110101010111/100100010g01/111111111111"),
-    "pen": Robot("adroit", "AdroitHandPen-v1", 100, ("-v1",)),
-    "door": Robot("adroit", "AdroitHandDoor-v1", 200, ("-v1",)),
-}  # fmt: skip
+    "pen": Robot("adroit", "AdroitHandPen-v1", 100),
+    "door": Robot("adroit", "AdroitHandDoor-v1", 200),
+}
+VERSIONS = {"gym": "-v2", "antmaze": ("-v0", "-v2"), "adroit": "-v1"}  # of D4RL's tasks
+
+
+def d4rl_robot(robot: str) -> str:
+    """hopper of Hopper-v4; itself, of what D4RL has not."""
+    return next((k for k, r in ROBOTS.items() if r.gym_id == robot and not r.maze), robot)
 
 
 class Task(NamedTuple):
@@ -1120,13 +1143,12 @@ def parse_task(name: str) -> Task:
     gym_id, colon, quality = name.rpartition(":")
     if colon and quality not in QUALITIES:
         raise BadInput(f"{name}: the quality {quality!r} is none of {', '.join(QUALITIES)}")
-    if colon and gym_id.startswith("AdroitHand"):
-        return Task(name, "adroit", gym_id, quality, f"{d4rl_robot(gym_id)}-human-v1")
     if colon:
-        same = f"{gym_id.rpartition('-')[0].lower()}-medium-v2"
-        return Task(name, "gym", gym_id, quality, same)
+        domain, data = (
+            ("adroit", "human-v1") if gym_id.startswith("AdroitHand") else ("gym", "medium-v2"))
+        return Task(name, domain, gym_id, quality, f"{d4rl_robot(gym_id)}-{data}")
     for robot, r in ROBOTS.items():
-        if (name.startswith(f"{robot}-") and name.endswith(r.versions)
+        if (name.startswith(f"{robot}-") and name.endswith(VERSIONS[r.domain])
                 and name in d4rl_infos().DATASET_URLS):
             return Task(name, r.domain, robot, "", name)
     raise BadInput(f"unknown task {name!r}: neither D4RL's (hopper-medium-v2, antmaze-umaze-v0,"
@@ -1174,12 +1196,10 @@ def warn_once(text: str) -> None:
 
 
 def restore_physics(env) -> None:
-    """Undoes what MuJoCo changed after 2.1.0 for D4RL's robots; leaves other environments alone."""
-    robot = env.spec.name
-    if robot not in {r.gym_id.rpartition("-")[0] for r in ROBOTS.values()}:
-        return
+    """Undoes what MuJoCo changed after 2.1.0 for one of D4RL's robots."""
     import mujoco
 
+    robot = env.spec.name
     model, version = env.unwrapped.model, tuple(map(int, mujoco.__version__.split(".")[:2]))
     if not robot.startswith("Adroit"):  # whose capsules are all in bodies with explicit inertias
         restore_capsules(model, env.unwrapped.fullpath)
@@ -1223,12 +1243,7 @@ def make_env(task: str, physics: str = "exact"):
     import gymnasium as gym
 
     robot = d4rl_robot(parse_task(task).robot)
-    _, gym_id, horizon, _, maze = ROBOTS.get(robot, Robot("gym", robot, 0, ()))
-    if gym_id.startswith("AdroitHand"):
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
-
+    _, gym_id, horizon, maze = ROBOTS.get(robot, Robot("gym", robot, 0))
     class D4RLRules(gym.Wrapper):  # here because gymnasium is only imported here
         """What D4RL's task has and Gymnasium's has not."""
 
@@ -1268,11 +1283,15 @@ def make_env(task: str, physics: str = "exact"):
                         "include_cfrc_ext_in_observation": False,
                         "exclude_current_positions_from_observation": False}
         try:
+            if gym_id.startswith("AdroitHand"):
+                import gymnasium_robotics
+
+                gym.register_envs(gymnasium_robotics)
             if robot == task:  # a Minari dataset of other robots
                 env = minari_dataset(task).recover_environment()
             else:
                 env = gym.make(gym_id, disable_env_checker=True, **options)
-        except (gym.error.Error, ModuleNotFoundError) as error:
+        except (gym.error.Error, ImportError) as error:
             raise BadInput(f"environment {gym_id}: {error}") from error
         for name, space in (("actions", env.action_space), ("observations", env.observation_space)):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -1281,7 +1300,7 @@ def make_env(task: str, physics: str = "exact"):
             raise BadInput(f"environment {gym_id}: its actions have no bounds")
         if env.spec.max_episode_steps is None:
             raise BadInput(f"environment {gym_id}: its episodes have no time limit")
-        if physics == "exact":
+        if physics == "exact" and robot in ROBOTS:
             restore_physics(env)
     return D4RLRules(env) if robot in ROBOTS else env
 
@@ -1365,7 +1384,8 @@ def audit(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor, ask
     if black_box.q is not None:
         arrays["value_gain"] = black_box.value(state, pi) - black_box.value(state, action)
     np.savez_compressed(npz := io.BytesIO(), **{k: v.cpu().numpy() for k, v in arrays.items()})
-    write_atomic(path, lambda part: part.write_bytes(npz.getvalue()))
+    with atomically(path) as part:
+        part.write_bytes(npz.getvalue())
     log = {"unasked_prefer_policy": 1 - prefers_data[~asked].float().mean().item()}
     if ranknet is not None:
         guess = in_chunks(lambda *x: pseudo_query(ranknet, *x), state, action, pi)
@@ -1379,32 +1399,32 @@ COLUMNS = (
     "step", "score", "return", "interactions", "queries", "prefers_policy", "divergence", "bound",
     "ranknet_loss", "ranknet_accuracy", "unasked_prefer_policy", "audited", "critic_loss",
     "actor_loss", "value_loss", "updates_per_second", "evaluation_share", "oap_share", "seconds",
-)  # fmt: skip
+)
 
 
 def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
               horizon: int) -> tuple[Data, Units, float]:
     """D, with room for interactions, in the learners' units; these; and D's mean raw return."""
-    scheme, n, score, mean, std, scale = SCHEMES[args.scheme], 0, math.nan, 0.0, 1.0, 1.0
+    scheme, n, behaviour, scale = SCHEMES[args.scheme], 0, math.nan, 1.0
+    mean, std = np.zeros(state_dim), np.ones(state_dim)
     if scheme.data:
-        own = Path(args.dataset) if args.dataset else None
+        file = Path(args.dataset) if args.dataset else None
         if task.quality:
-            arrays = read_hdf5(own or expert_folder(args, task) / f"{task.quality}.hdf5")
+            arrays = read_hdf5(file or expert_folder(args, task) / f"{task.quality}.hdf5")
         elif task.name.startswith("minari:"):
-            arrays = read_hdf5(own) if own else read_minari(task.name)
+            arrays = read_hdf5(file) if file else read_minari(task.name)
         else:
-            arrays = load_dataset(task.name, own)
+            arrays = load_dataset(task.name, file)
         jump = 1.0 if task.domain == "antmaze" else math.inf
-        raw = qlearning_dataset(own or task.name, arrays, box, state_dim, horizon, jump)
-        n, score = len(raw["reward"]), float(raw["returns"].mean())
+        raw = qlearning_dataset(file or task.name, arrays, box, state_dim, horizon, jump)
+        n, behaviour = len(raw["reward"]), float(raw["returns"].mean())
         if args.normalize:
             mean, std = raw["state"].mean(0), raw["state"].std(0) + 1e-3
         if args.reward_scale:
             scale = 1000 / max(np.ptp(raw["returns"]), 1e-8)
-    tensors = (np.zeros(state_dim) + mean, np.zeros(state_dim) + std, box.low, box.high)
-    units = Units(*(torch.as_tensor(x, dtype=torch.float32, device=args.device) for x in tensors),
-                  float(scale), args.reward_shift)
-    room, seeds = args.budget if scheme.spends == "interactions" else 0, len(args.seeds)
+    units = Units(*(torch.as_tensor(x, dtype=torch.float32, device=args.device)
+                    for x in (mean, std, box.low, box.high)), float(scale), args.reward_shift)
+    room, seeds = args.budget if scheme.interacts else 0, len(args.seeds)
     data = Data(n, room, seeds, state_dim, len(box.low), torch.device(args.device))
     if scheme.data:
         action, reward, done = (torch.as_tensor(raw[k], device=args.device)
@@ -1412,9 +1432,9 @@ def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
         data.write(slice(n), units.state(raw["state"]), units.action(action).clamp(-limit, limit),
                    units.reward(reward), units.state(raw["next_state"]), done)
-    if scheme.spends == "queries":
+    if scheme.asks:
         data.preferred = data.action.repeat(seeds, 1, 1)  # Algorithm 1: ã_i = a_i
-    return data, units, score
+    return data, units, behaviour
 
 
 class Interaction:
@@ -1422,10 +1442,7 @@ class Interaction:
 
     def __init__(self, envs: list, units: Units, data: Data, seeds: Sequence[int]):
         self.envs, self.units, self.data = envs, units, data
-        self.reset(seeds)
-
-    def reset(self, seeds: Sequence[int]) -> None:
-        states = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
+        states = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
         self.state = np.stack(states)  # (S, O), raw
 
     @torch.no_grad()
@@ -1486,9 +1503,9 @@ class Log:
         left = tqdm.format_interval(self.row["seconds"] / step * (updates - step))
         known = finite(self.row)
         shown = [f"{k} {known[k]:,.5g}" for k in COLUMNS[1:-1] if known.get(k) is not None]
-        seed = f"seed {self.folder.name}"
+        tqdm.write("  ".join(
+            [f"seed {self.folder.name}", f"step {step:,}", f"left {left}", *shown]))
         self.row = {}
-        tqdm.write("  ".join([seed, f"step {step:,}", f"left {left}", *shown]))
 
     def write_rows(self) -> None:
         text = io.StringIO()
@@ -1562,11 +1579,11 @@ def commit() -> str:
 
 
 def read_progress(path: Path) -> list[dict[str, float]]:
-    """A progress.csv's rows. Raises ValueError if it is not whole."""
+    """A progress.csv's rows. Raises BadInput if it is not whole."""
     text = path.read_text()
     rows = list(csv.DictReader(text.splitlines()))
     if not rows or not text.endswith("\n") or None in rows[-1].values():
-        raise ValueError("its progress.csv has no row yet, or half a row")
+        raise BadInput(f"{path} has no row yet, or half a row; --overwrite runs anew")
     return [{k: float(v or "nan") for k, v in row.items()} for row in rows]
 
 
@@ -1584,16 +1601,18 @@ def read_config(folder: Path) -> dict:
 
 
 def default_expert(args: argparse.Namespace, task: Task) -> str:
-    """The black box of the task's robot: the one that was trained here, or else the shipped one."""
-    own, shipped = expert_folder(args, task) / "model.pt", shipped_expert(task.robot)
-    return os.path.relpath(shipped if shipped.is_file() and not own.is_file() else own)
+    """The black box of the task's robot: what --scheme expert made here, of seed 0 and without a
+    tag, or else the shipped one."""
+    trained, shipped = expert_folder(args, task) / "model.pt", shipped_expert(task.robot)
+    return os.path.relpath(shipped if shipped.is_file() and not trained.is_file() else trained)
 
 
 def column(args: argparse.Namespace) -> str:
     """A run's column in the paper's tables: its scheme, and where it departs from that scheme."""
-    asks = args.scheme == "oap"
-    variant = {args.timing: args.timing != SCHEMES[args.scheme].timing,
-               "inf": asks and math.isinf(args.budget), "no-ranknet": asks and not args.ranknet}
+    scheme = SCHEMES[args.scheme]
+    variant = {args.timing: args.timing != scheme.timing,
+               "inf": scheme.asks and math.isinf(args.budget),
+               "no-ranknet": scheme.asks and not args.ranknet}
     return "-".join([args.scheme, *(name for name, differs in variant.items() if differs)])
 
 
@@ -1604,33 +1623,28 @@ def run_folder(args: argparse.Namespace, task: Task, seed: int) -> Path:
     return Path(args.out, re.sub(r"[^\w.-]", "-", env), name, str(seed))
 
 
-def d4rl_robot(robot: str) -> str:
-    """hopper of Hopper-v4; itself, of what D4RL has not."""
-    return next((k for k, r in ROBOTS.items() if r.gym_id == robot and not r.maze), robot)
-
-
 def shipped_expert(robot: str, which: str = "") -> Path:
     """This project's own black box of a robot, or a weaker one; there may be none."""
     return Path(__file__).parent / "experts" / f"{d4rl_robot(robot)}{which}.pt"
 
 
 def expert_folder(args: argparse.Namespace, task: Task) -> Path:
-    """Of a local task's datasets: of the run that trained the robot's black box, or, where there is
-    none and its history is not asked for, of data made by the shipped ones."""
+    """Where a local task's data is: with the SAC run that trained its black box, or, if there is
+    none and shipped ones exist, with what these made, which can't be medium-replay."""
     robot = Path(args.out, re.sub(r"[^\w.-]", "-", task.robot))
-    own, replay = robot / "sac-expert" / "0", task.quality == "medium-replay"
-    if not shipped_expert(task.robot, "-medium").is_file() or own.exists() or replay:
-        return own
-    return robot / f"shipped-{args.physics}-{args.dataset_size}" / "0"
+    trained, shipped = robot / "sac-expert" / "0", shipped_expert(task.robot, "-medium").is_file()
+    if shipped and not trained.exists() and task.quality != "medium-replay":
+        return robot / f"shipped-{args.physics}-{args.dataset_size}" / "0"
+    return trained
 
 
-# What decides where and how fast a run runs, and not what comes out of it.
+# What does not change the numbers that a seed's run has.
 FREE = {"overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every",
         "tensorboard", "wandb", "benchmark", "report"}
 
 
 def decisive(args: argparse.Namespace) -> dict:
-    """The other arguments."""
+    """The arguments that change a run's numbers."""
     same = FREE | {"env"} if args.scheme == "expert" else FREE  # a robot's tasks share an expert
     return {k: v for k, v in finite(vars(args)).items() if k not in same}
 
@@ -1657,12 +1671,13 @@ def unfinished(args: argparse.Namespace, task: Task) -> list[int]:
                 continue
             begun.add(tuple(old["seeds"]))
         left.append(seed)
-    for together in begun:
-        if len(begun) > 1 or not set(left) <= set(together) <= set(args.seeds):
-            raise BadInput(f"{folder.parent} has a run begun with --seeds"
-                           f" {' '.join(map(str, together))}: continue that one, or --overwrite")
-        return list(together)  # all of them, also if it was stopped while it wrote its results
-    return left
+    if not begun:
+        return left
+    together = begun.pop()
+    if begun or not set(left) <= set(together) <= set(args.seeds):
+        raise BadInput(f"{folder.parent} has a run begun with --seeds"
+                       f" {' '.join(map(str, together))}: continue that one, or --overwrite")
+    return list(together)  # all of them, also if it was stopped while it wrote its results
 
 
 @contextlib.contextmanager
@@ -1711,15 +1726,16 @@ def prepare_local_task(args: argparse.Namespace, task: Task, envs: list) -> None
     """Makes ID's black box and datasets, if this run needs any of that and lacks it."""
     scheme, folder = SCHEMES[args.scheme], expert_folder(args, task)
     needed = (scheme.data and not args.dataset
-              or (scheme.spends == "queries" or args.audit) and not args.expert
+              or (scheme.asks or args.audit) and not args.expert
+              and not Path(default_expert(args, task)).is_file()
               or math.isnan(reference_returns(args, task)[0]))
     if not task.quality or args.scheme == "expert" or not needed:
         return
-    own, there = folder.parent.name == "sac-expert", (folder / "scores.json").is_file()
-    if own and there:  # after the datasets were
+    trained, there = folder.parent.name == "sac-expert", (folder / "scores.json").is_file()
+    if trained and there:  # scores.json, after the datasets
         made = {name: getattr(args, name) for name in ("expert_steps", "dataset_size", "physics")}
         refuse_others(folder, read_config(folder), made, "give that, or another --out")
-    elif own:
+    elif trained:
         print(f"{folder} has no black box and no data yet: first, SAC trains for"
               f" {args.expert_steps:,} steps (each line says how long is left)")
         same = ("out", "device", "physics", "expert_steps", "dataset_size", "eval_every",
@@ -1800,7 +1816,7 @@ def build(args: argparse.Namespace, seeds: Sequence[int], state_dim: int, action
           updates: float) -> tuple:
     """The agent of all seeds, each seed's RankNet with its optimizer if any, and its generator."""
     networks, ranknets, device = [], [], torch.device(args.device)
-    asks = SCHEMES[args.scheme].spends == "queries" and args.ranknet
+    asks = SCHEMES[args.scheme].asks and args.ranknet
     for seed in seeds:
         torch.manual_seed(seed)
         with device:
@@ -1814,7 +1830,9 @@ def build(args: argparse.Namespace, seeds: Sequence[int], state_dim: int, action
 def make_advance(agent, data: Data, generators: list[torch.Generator],
                  args: argparse.Namespace) -> Callable[[bool], dict[str, Tensor]]:
     """advance(delayed) samples and updates: eager, compiled, or from CUDA graphs."""
-    torch.empty(8_000_000)  # freed at once: from now on, glibc keeps up to 64 MB of free memory
+    # Freed at once: from now on glibc keeps up to 64 MB of free memory. Giving it back to the
+    # kernel after every update cost more, in page faults, than five seeds together gain.
+    torch.empty(8_000_000)
     update = agent.update
     if args.compile:
         torch._dynamo.reset()  # forgets other agents: no guard will tell this one from them
@@ -1865,15 +1883,14 @@ class Run:
     task needs.
     """
 
-    def __init__(self, args: argparse.Namespace, task: Task, seeds: list[int]):
-        self.args, self.task, self.seeds, scheme = args, task, seeds, SCHEMES[args.scheme]
-        args.seeds, asks = seeds, scheme.spends == "queries"
+    def __init__(self, args: argparse.Namespace, task: Task):
+        self.args, self.task, scheme, seeds = args, task, SCHEMES[args.scheme], args.seeds
         self.envs = make_envs(task, args)
         spec, box = self.envs[0].spec, self.envs[0].action_space
         dims = self.envs[0].observation_space.shape[0], box.shape[0]
         prepare_local_task(args, task, self.envs)
         expert = args.expert or default_expert(args, task)
-        if (asks or args.audit) and ":" not in expert and not Path(expert).is_file():
+        if (scheme.asks or args.audit) and ":" not in expert and not Path(expert).is_file():
             raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
         self.data, self.units, behaviour = load_data(
             args, task, box, dims[0], spec.max_episode_steps)
@@ -1883,12 +1900,12 @@ class Run:
         self.queries = [
             QueryDataset(self.data.offline, dims[1], self.data.rows.device) for _ in seeds]
         self.black_boxes, self.interaction = [], None
-        if asks or args.audit:
-            self.black_boxes = [
-                load_black_box(expert, self.units, args.budget if asks else 0) for _ in seeds]
-        if scheme.spends == "interactions":
-            own = [make_env(task.name, args.physics) for _ in seeds]
-            self.interaction = Interaction(own, self.units, self.data, seeds)
+        if scheme.asks or args.audit:
+            budget = args.budget if scheme.asks else 0
+            self.black_boxes = [load_black_box(expert, self.units, budget) for _ in seeds]
+        if scheme.interacts:
+            envs = [make_env(task.name, args.physics) for _ in seeds]
+            self.interaction = Interaction(envs, self.units, self.data, seeds)
         zero, hundred = reference_returns(args, task)
         self.logs = [Log(run_folder(args, task, seed), zero, hundred) for seed in seeds]
         score = self.logs[0].score
@@ -1923,11 +1940,10 @@ class Run:
         """Raises BadInput if one is not finite, or beyond what any task's returns explain."""
         for name, value in losses.items():
             if not abs(value) < 1e15:
-                before = self.checkpoint.is_file()
-                raise BadInput(
-                    f"{self.checkpoint.parent} diverged: {name} is {value:.3g} by update"
-                    f" {self.step:,}; " + (f"{self.checkpoint} is from before" if before else
-                                           "there is no checkpoint yet"))
+                left = (f"{self.checkpoint} is from before" if self.checkpoint.is_file()
+                        else "there is no checkpoint yet")
+                raise BadInput(f"{self.checkpoint.parent} diverged: {name} is {value:.3g} by update"
+                               f" {self.step:,}; {left}")
 
     def save(self) -> None:
         state = {
@@ -1940,13 +1956,13 @@ class Run:
             "clock": (time.time() - self.clock.started, *self.clock.spent.values())}
         save(self.checkpoint, state)
 
-    def save_model(self, k: int, name: str, returns: float) -> None:
+    def save_model(self, k: int, file: str, returns: float) -> None:
         """Writes what a black box and a policy of seed number k are made of."""
-        saved = {"algo": self.args.algo, "env": self.args.env, "step": self.step, "return": returns,
-                 "units": list(self.units)} | {
-            name: unstack(net, k, len(self.seeds)).state_dict()
-            for name, net in (("actor", self.agent.actor), ("critic", self.agent.critic))}
-        save(self.logs[k].folder / name, saved)
+        actor, critic = (unstack(net, k, len(self.logs)).state_dict()
+                         for net in (self.agent.actor, self.agent.critic))
+        save(self.logs[k].folder / file, {
+            "algo": self.args.algo, "env": self.args.env, "step": self.step, "return": returns,
+            "units": list(self.units), "actor": actor, "critic": critic})
 
     def load(self) -> None:
         """Continues from the checkpoint. Raises BadInput if it does not fit."""
@@ -1968,7 +1984,8 @@ class Run:
             log.write_rows()
         note = ""
         if self.interaction:
-            self.interaction.reset([evaluation_seed(seed, self.step) for seed in self.seeds])
+            seeds = [evaluation_seed(seed, self.step) for seed in self.args.seeds]
+            self.interaction = Interaction(self.interaction.envs, self.units, self.data, seeds)
             note = " with new episodes, so it is not quite the same as an uninterrupted run"
         print(f"{self.checkpoint.parent}: continues after update {self.step:,}{note}")
 
@@ -2003,7 +2020,7 @@ def learn(run: Run, stop: list) -> None:
 
     args, scheme, data, agent, clock = (
         run.args, SCHEMES[run.args.scheme], run.data, run.agent, run.clock)
-    asks, ft, count = scheme.spends == "queries", args.timing == "ft", len(run.seeds)
+    ft, count = args.timing == "ft", len(args.seeds)
     policy = raw_policy(lambda s: agent.actor(s.unflatten(0, (count, -1))).flatten(0, 1), run.units)
     d = (data.state[: data.offline], data.action[: data.offline])  # (N, O), (N, A)
     start, end = (args.steps, run.updates) if ft else (0, args.steps)  # interactions: spent here
@@ -2020,7 +2037,7 @@ def learn(run: Run, stop: list) -> None:
         run.losses |= advance(step % args.policy_delay == 0)
         run.step, last = step, step == run.updates
 
-        asking = asks and step in rounds
+        asking = scheme.asks and step in rounds
         auditing = args.audit and (asking or step % args.interval == 0 or last)
         evaluating = asking or auditing or step % args.eval_every == 0 or last
         if not (evaluating or step % args.checkpoint_every == 0 or stop):
@@ -2028,8 +2045,7 @@ def learn(run: Run, stop: list) -> None:
         for k, log in enumerate(run.logs):
             values = {name: loss[k].item() for name, loss in run.losses.items()}
             run.refuse_divergence(values)
-            if evaluating:
-                log.row |= values
+            log.row |= values
         if asking or auditing:
             with clock.measure("oap"):
                 for k, (log, box) in enumerate(zip(run.logs, run.black_boxes, strict=True)):
@@ -2047,7 +2063,7 @@ def learn(run: Run, stop: list) -> None:
                         log.row["audited"] = box.audited
         if evaluating:
             with clock.measure("evaluation"):
-                seeds = [evaluation_seed(seed, step) for seed in run.seeds]
+                seeds = [evaluation_seed(seed, step) for seed in args.seeds]
                 returns = evaluate(run.envs, policy, args.eval_episodes, seeds).mean(1)  # (S,)
             times = clock.row(step)
             for k, log in enumerate(run.logs):
@@ -2086,7 +2102,7 @@ def finish_expert(run: Run, k: int) -> float:
 
     Returns its mean return over 100 episodes that no choice was made by.
     """
-    log, envs = run.logs[k], run.envs[: len(run.envs) // len(run.seeds)]
+    log, envs = run.logs[k], run.envs[: len(run.envs) // len(run.logs)]
     records = [
         load_sac(log.folder / f"model-{step}.pt", run.args.device) for step in run.records[k]]
     actor, best = records[-1]
@@ -2102,13 +2118,14 @@ def finish_expert(run: Run, k: int) -> float:
 def train(args: argparse.Namespace, wait: bool = False) -> list[list[dict[str, float]]]:
     """Trains those of --seeds that are not finished. Returns the rows of each progress.csv.
 
-    Raises BadInput, before anything is written, if arguments, files and environment don't fit, if
-    another process does the same, unless it is to `wait` for it, and if losses diverge.
+    Raises BadInput if arguments, files and environment don't fit, or if another process does the
+    same, unless it is to `wait` for it, before this run writes anything; and if losses diverge.
     """
     task = parse_task(args.env)
     folders = [run_folder(args, task, seed) for seed in args.seeds]
     if seeds := unfinished(args, task):
-        run = Run(args, task, seeds)
+        args.seeds = seeds
+        run = Run(args, task)
         with locked([log.folder for log in run.logs], wait), stop_signals() as stop:
             if unfinished(args, task) == seeds:  # and no other process was faster
                 if run.checkpoint.is_file() and not args.overwrite:
@@ -2212,12 +2229,12 @@ TABLES = {
     "Table 3: RankNet": ("oap", "oap-inf", "oap-no-ranknet"),
     "Figure 7: timing": ("o2o", "o2o-interval", "oap-ft", "oap"),
     "Table 4: black boxes": ("expert",),
-}  # fmt: skip
+}
 COLORS = {  # Okabe and Ito's, which colour-blind readers can tell apart
     "offline": "#000000", "online": "#CC79A7", "online-mix": "#009E73", "o2o": "#E69F00",
     "o2o-interval": "#CC79A7", "oap-ft": "#009E73", "oap-no-ranknet": "#D55E00",
     "oap-inf": "#56B4E9", "oap": "#0072B2", "expert": "#000000",
-}  # fmt: skip
+}
 
 
 def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
@@ -2225,12 +2242,12 @@ def changed_flags(args: argparse.Namespace) -> tuple[str, dict[str, str]]:
     is the protocol, and in flags that only some do, by name. Flags that this scheme does not read,
     or that leave its result alone, are in neither."""
     scheme, expert = SCHEMES[args.scheme], args.scheme == "expert"
-    asks, learner = scheme.spends == "queries", [] if expert else [f"--algo={args.algo}"]
+    learner = [] if expert else [f"--algo={args.algo}"]
     usual = vars(parse_args([f"--env={args.env}", f"--scheme={args.scheme}", *learner]))
-    read = {"steps": not expert, "finetune_steps": scheme.finetune, "interval": asks,
+    read = {"steps": not expert, "finetune_steps": scheme.finetune, "interval": scheme.asks,
             "budget": bool(scheme.spends) and not expert and args.budget < math.inf,
-            "ranknet_epochs": asks, "random_steps": not scheme.data, "expert": asks,
-            "exploration_noise": scheme.spends == "interactions", "expert_steps": True}
+            "ranknet_epochs": scheme.asks, "random_steps": not scheme.data, "expert": scheme.asks,
+            "exploration_noise": scheme.interacts, "expert_steps": True}
     said = FREE | {"env", "scheme", "algo", "timing", "ranknet", "audit", "tag"} | (
         {"dataset_size"} if expert else set())
 
@@ -2342,9 +2359,8 @@ def cell(runs) -> str:
 
 def table(runs, columns: Sequence[str], paper, tasks: list[str]) -> str:
     """Tasks x labels in Markdown, the paper's figures in brackets. `tasks` are always there."""
-    names = {label: name for label, name, _ in by_label(runs)}
-    names |= {name: name for name in columns if name not in names.values()}
-    names = dict(sorted(names.items(), key=lambda pair: columns.index(pair[1])))
+    labels = runs.groupby("column").label.unique()
+    names = {label: name for name in columns for label in sorted(labels.get(name, [name]))}
     ours = {key: cell(group) for key, group in runs.groupby(["task", "label"])}
     theirs = {(r.task, r.column): f" [{r.mean:g}]" if math.isnan(r.std) else
               f" [{r.mean:g} ± {r.std:g}]" for r in paper.itertuples(index=False)}
@@ -2392,8 +2408,6 @@ def panels(widths: list[float]) -> tuple:
 
 def figure_4(runs, published) -> tuple | None:
     """Each domain's best algorithm, offline, o2o and OAP, beside other papers' figures."""
-    import matplotlib.pyplot as plt
-
     runs, bars, notes = runs[runs.done & runs.label.isin(["offline", "o2o", "oap"])], {}, []
     for domain in DOMAINS:
         theirs = published[published.domain == domain].pivot_table("score", "task", "algo")
@@ -2419,7 +2433,7 @@ def figure_4(runs, published) -> tuple | None:
         ax.bar(names, means, yerr=deviations, capsize=3,
                color=[COLORS.get(label, "#999999") for label in labels])
         ax.set(title=domain, ylabel="normalised score")
-        plt.setp(ax.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
+        ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
     sources = ", ".join(published.source.unique())
     return figure, (f"Figure 4: means over {'; '.join(notes)}, and deviation over seeds. Grey:"
                     f" {sources}")
@@ -2491,8 +2505,6 @@ def figure_6(runs) -> tuple:
 
 def figure_7(runs) -> tuple | None:
     """The four ways to time interactions and queries."""
-    import matplotlib.pyplot as plt
-
     names = TABLES["Figure 7: timing"]
     variants = runs[runs.done & runs.label.isin(set(names) - {"o2o", "oap"})]
     if variants.empty:
@@ -2505,7 +2517,7 @@ def figure_7(runs) -> tuple | None:
     figure, (ax,) = panels([2.5 + 1.5 * len(mean)])
     mean.plot.bar(ax=ax, yerr=deviation, color=COLORS, capsize=3, width=0.8, xlabel="",
                   ylabel="normalised score")
-    plt.setp(ax.get_xticklabels(), rotation=20, ha="right")
+    ax.set_xticklabels(mean.index, rotation=20, ha="right")
     ax.legend([f"{name} (n={seeds[name].min():.0f})" for name in mean], fontsize="small",
               loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure, "Figure 7: mean and deviation over seeds"
@@ -2529,8 +2541,9 @@ def report(root: Path, out: Path) -> None:
     results = Path(__file__).parent / "results"
     paper, published = (pd.read_csv(results / f"{name}.csv") for name in ("paper", "baselines"))
     out.mkdir(parents=True, exist_ok=True)
-    text = [f"# {root}", "A score is the mean of a run's last 10 evaluations; then mean ± standard"
-            " deviation over seeds (seeds × updates; \\* not finished) [the paper's]."]
+    text = [f"# {root}", "A score is the mean of a run's last 10 evaluations, of a black box's"
+            " 100 other episodes; then mean ± standard deviation over seeds (seeds × updates; \\*"
+            " not finished) [the paper's]."]
 
     def picture(name: str, shown, drawn: tuple | None) -> None:
         if drawn is None:
@@ -2538,8 +2551,8 @@ def report(root: Path, out: Path) -> None:
         figure, caption = drawn
         caption = "; ".join([caption, *shown.note.unique(), *filter(None, shown.protocol.unique())])
         name = re.sub(r"[^\w.-]+", "-", name) + ".png"
-        write_atomic(out / name, lambda part: figure.savefig(
-            part, format="png", dpi=150, bbox_inches="tight"))
+        with atomically(out / name) as part:
+            figure.savefig(part, format="png", dpi=150, bbox_inches="tight")
         plt.close(figure)
         text.append(f"![{name}]({name})\n\n*{caption}*")
 
@@ -2602,7 +2615,7 @@ def demo() -> None:
         "answers that preferred the policy, last round": last["prefers_policy"],
         "RankNet's accuracy on samples never asked": last["ranknet_accuracy"],
         "accuracy of always answering \"policy\"": last["unasked_prefer_policy"],
-    }  # fmt: skip
+    }
     print("\n".join(f"{name:<50}{value:>9,.4g}" for name, value in table.items()))
 
 
@@ -2627,9 +2640,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if scheme.spends == "interactions" and math.isinf(args.budget):
+    if scheme.interacts and math.isinf(args.budget):
         raise BadInput("--budget inf: interactions need a number")
-    if scheme.spends == "queries" and args.timing == "interval" and args.interval > args.steps:
+    if scheme.asks and args.timing == "interval" and args.interval > args.steps:
         raise BadInput(f"--interval {args.interval} > --steps {args.steps}: nothing would be asked")
     if args.timing == "ft" and not scheme.finetune:
         raise BadInput(f"--timing ft: {args.scheme} has no second phase")
@@ -2673,9 +2686,13 @@ def main(argv: list[str] | None = None) -> int:
             train(parse_args(argv))
         return 0
     except KeyboardInterrupt as error:
-        message = str(error) or "interrupted; the same command continues from its last checkpoint"
-    except (BadInput, OSError) as error:
+        message = str(error) or "interrupted; the same command continues a run from its checkpoint"
+    except (BadInput, OSError, ImportError) as error:
         message = f"error: {error}"
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():  # torch on a CPU has no class of its own for this
+            raise
+        message = f"error: {last_line(error)}: fewer --seeds, a smaller --budget or --batch-size"
     print(f"oap.py: {message}", file=sys.stderr)
     return 2
 

@@ -1422,6 +1422,17 @@ def test_ant_is_not_antmaze():
     assert oap.parse_task("Ant-v5:medium").domain == "gym"
 
 
+def test_other_versions_of_a_robot_are_not_d4rls():
+    """Hopper-v5 has other rewards and today's physics, and no reference returns."""
+    inertia = {name: oap.make_env(f"{name}:medium", physics).unwrapped.model.body_inertia.sum()
+               for name, physics in (("Hopper-v4", "exact"), ("Hopper-v5", "exact"))}
+    stock = oap.make_env("Hopper-v4:medium", "stock").unwrapped.model.body_inertia.sum()
+    assert inertia["Hopper-v5"] == stock != inertia["Hopper-v4"]
+    references = oap.d4rl_infos().REF_MIN_SCORE
+    assert oap.parse_task("Hopper-v4:medium").scored_as in references
+    assert oap.parse_task("Hopper-v5:medium").scored_as not in references
+
+
 @pytest.mark.parametrize("path", sorted(HERE.glob("experts/*.pt")), ids=lambda path: path.stem)
 def test_shipped_scores(path):
     """README's table, with OAP_EPISODES=100. Every policy returns what its file says."""
@@ -1451,6 +1462,7 @@ def test_no_black_box_is_trained_for_a_run_that_needs_none(out, tmp_path, monkey
     argv = [*SMALL, "--env=Hopper-v4:medium", f"--out={tmp_path}"]
     assert oap.main([*argv, "--scheme=offline", f"--dataset={tmp_path}/d.hdf5"]) == 0
     assert oap.main([*argv, "--scheme=online"]) == 0
+    assert oap.main([*argv, f"--dataset={tmp_path}/d.hdf5"]) == 0  # asks experts/hopper.pt
     assert not (tmp_path / "Hopper-v4").exists()
 
 
@@ -1587,6 +1599,9 @@ BAD = {
     "out of range": ["--discount=1.5"],
     "not whole": ["--steps=1e6"],
     "NaN": ["--td3bc-alpha=nan"],
+    "NaN where any number will do": ["--reward-shift=nan"],
+    "an environment that needs old packages": ["--env=Hopper-v3:medium"],
+    "dataset with a folder": ["--dataset=group.hdf5"],
     "round after the end": ["--interval=41"],
     "no second phase": ["--scheme=offline", "--timing=ft"],
     "endless interaction": ["--scheme=o2o", "--budget=inf"],
@@ -1628,6 +1643,9 @@ def bad_files(out, tmp_path_factory):
         oap.write_dataset(
             folder / f"{name}.hdf5", {k: v for k, v in (good | change).items() if v is not None}
         )
+    with h5py.File(folder / "group.hdf5", "w") as file:
+        for key in oap.ARRAYS:
+            file.create_group(key)
     sb3_zip(folder / "wide.zip", state_dim=7)
     return folder
 
@@ -1639,6 +1657,26 @@ def test_bad_input_is_one_line_and_exit_code_2(out, bad_files, argv, capsys, mon
     error = capsys.readouterr().err
     assert error.startswith("oap.py: error: ") and error.count("\n") == 1 and len(error) < 400
     assert not list(Path(out).glob("**/*bad*")) and not list(Path(out).glob("**/*.part"))
+
+
+def test_a_function_that_fails_in_a_round_is_one_line(out, tmp_path, capsys, monkeypatch):
+    (tmp_path / "late.py").write_text(
+        "calls = []\ndef prefer(s, a, b):\n    calls.append(1)\n"
+        "    assert len(calls) == 1, 'no answer'  # loading tries it once\n    return a[:, 0] > 0")
+    monkeypatch.chdir(tmp_path)
+    assert run(f"--out={out}", "--tag=late", "--expert=late:prefer") == 2
+    error = capsys.readouterr().err
+    assert error == "oap.py: error: black box: no answer\n"
+
+
+def test_a_finished_run_with_a_cut_log_is_one_line(out, tmp_path, capsys):
+    argv = [f"--out={tmp_path}", "--scheme=offline"]
+    shutil.copytree(f"{out}/Point-v0", tmp_path / "Point-v0")
+    assert run(*argv) == 0
+    log = next(tmp_path.glob("Point-v0-medium/*/0/progress.csv"))
+    log.write_text(log.read_text()[:-9])
+    assert run(*argv) == 2
+    assert "progress.csv has no row yet, or half a row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, loss", [
