@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every task x scheme x algorithm, all seeds together: one queue for each GPU, or one on the CPU.
 #
-#   SCHEMES=expert SEEDS=0 TASKS="hopper-medium-v2 pen-human-v1" bash run_all.sh   # black boxes first
-#   bash run_all.sh                                    # then the runs of the paper's Table 2
+#   SCHEMES=expert SEEDS=0 TASKS="halfcheetah-medium-v2 walker2d-medium-v2" bash run_all.sh  # black boxes
+#   bash run_all.sh                                    # the runs of the paper's Table 2
 #   TASKS=pen-human-v1 SCHEMES="offline oap" ALGOS="td3bc iql" SEEDS="0 1" bash run_all.sh
 #   DRY_RUN=1 bash run_all.sh                          # prints the commands
 #   GPUS="0 1" bash run_all.sh                         # these GPUs; all of them by default

@@ -1708,6 +1708,19 @@ def test_no_checkpoint_has_broken_parameters(out, capsys, monkeypatch):
     assert torch.load(checkpoint)["step"] == 1
 
 
+def test_large_gradients_are_no_divergence(out, monkeypatch):
+    """A critic's loss of 1e8, from which TD3+BC comes back, leaves squares beyond the losses' limit
+    in Adam's state."""
+    save = oap.Run.save
+
+    def spoil(self):
+        save(self)
+        self.agent.critic_opt.square[0] += 1e17
+
+    monkeypatch.setattr(oap.Run, "save", spoil)
+    assert run(f"--out={out}", "--tag=large", "--checkpoint-every=5", "--scheme=offline") == 0
+
+
 @pytest.mark.parametrize("error, message", [
     (KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "No space left"),
 ])  # fmt: skip
