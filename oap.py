@@ -2077,7 +2077,7 @@ def learn(run: Run, stop: list) -> None:
                     run.records[k].append(step)
                     run.save_model(k, f"model-{step}.pt", float(returns[k]))
         if step % args.checkpoint_every == 0 or last or stop:
-            total = sum(t.sum() for t in run.tensors()).item()  # of Adam's squares too: may be large
+            total = sum(t.sum() for t in run.tensors()).item()  # with Adam's squares: may be large
             run.refuse_divergence({} if math.isfinite(total) else {"a parameter": total})
             run.save()
         if stop and not last:
