@@ -1244,6 +1244,7 @@ def make_env(task: str, physics: str = "exact"):
 
     robot = d4rl_robot(parse_task(task).robot)
     _, gym_id, horizon, maze = ROBOTS.get(robot, Robot("gym", robot, 0))
+
     class D4RLRules(gym.Wrapper):  # here because gymnasium is only imported here
         """What D4RL's task has and Gymnasium's has not."""
 
@@ -2078,7 +2079,8 @@ def learn(run: Run, stop: list) -> None:
                     run.save_model(k, f"model-{step}.pt", float(returns[k]))
         if step % args.checkpoint_every == 0 or last or stop:
             total = sum(t.sum() for t in run.tensors()).item()  # with Adam's squares: may be large
-            run.refuse_divergence({} if math.isfinite(total) else {"a parameter": total})
+            if not math.isfinite(total):
+                run.refuse_divergence({"a parameter": total})
             run.save()
         if stop and not last:
             raise KeyboardInterrupt(f"stopped after update {step:,}; the same command" + (
