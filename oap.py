@@ -43,8 +43,8 @@ What the paper leaves open, and what is done here:
     uniform over D and own transitions, whose ã is the action itself.
 10. Schemes without D begin with 1,000 uniformly random actions, counted in the budget and in the
     even spread. TD3+BC explores with TD3's noise of 0.1, IQL and SAC by sampling.
-11. AntMaze's rewards are lowered by 1; IQL's rewards on D4RL's locomotion are scaled by 1000 /
-    (best - worst trajectory) and its actions clipped to 1 - 1e-5 (its authors' code). TD3+BC
+11. AntMaze's rewards are lowered by 1; IQL's rewards on locomotion and local tasks are scaled by
+    1000 / (best - worst trajectory), its actions clipped to 1 - 1e-5 (its authors' code). TD3+BC
     normalises states by D's mean and deviation, where there is D. An evaluation has 10 episodes, on
     AntMaze 100; v0's goal is drawn at every reset, as v2's, and not once for a process.
 12. Local tasks ID:QUALITY follow D4RL's recipe with "a third of the final return" counted from a
@@ -205,7 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-episodes", type=count, help="per evaluation")
     add("--normalize", action=switch, help="states to mean 0, deviation 1 (default: for td3bc)")
     add("--reward-shift", type=number(-1e12), help="added to rewards")
-    add("--reward-scale", action=switch, help="IQL's (default: for iql, on D4RL's locomotion)")
+    add("--reward-scale", action=switch, help="rewards to returns of 1000 from worst to"
+        " best (default: for iql on locomotion and local tasks)")
     add("--expert-steps", type=count, default=3_000_000, help="SAC's steps, for --scheme expert")
     add("--dataset-size", type=number(100, kind=int), default=1_000_000, help="of local tasks")
     # every algorithm
@@ -1422,7 +1423,7 @@ def load_data(args: argparse.Namespace, task: Task, box, state_dim: int,
         if args.normalize:
             mean, std = raw["state"].mean(0), raw["state"].std(0) + 1e-3
         if args.reward_scale:
-            scale = 1000 / max(np.ptp(raw["returns"]), 1e-8)
+            scale = 1000 / (np.ptp(raw["returns"]) or 1000)
     units = Units(*(torch.as_tensor(x, dtype=torch.float32, device=args.device)
                     for x in (mean, std, box.low, box.high)), float(scale), args.reward_shift)
     room, seeds = args.budget if scheme.interacts else 0, len(args.seeds)
@@ -1533,8 +1534,11 @@ def trackers(args: argparse.Namespace, folder: Path, step: int) -> list[Callable
     if args.wandb:
         import wandb
 
-        run = wandb.init(project="oap", name=str(folder), id=re.sub(r"\W", "-", str(folder)),
-                         resume="allow", config=vars(args), dir=folder, reinit="create_new")
+        try:
+            run = wandb.init(project="oap", name=str(folder), id=re.sub(r"\W", "-", str(folder)),
+                             resume="allow", config=vars(args), dir=folder, reinit="create_new")
+        except wandb.Error as error:  # no login, no network
+            raise BadInput(f"--wandb: {last_line(error)}") from error
         found.append(lambda row, step: run.log(row, step))
     return found
 
@@ -2639,7 +2643,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "budget": args.expert_steps if expert else 100_000, "timing": scheme.timing,
         "normalize": algo == "td3bc" and scheme.data,
         "reward_scale": (algo == "iql" and scheme.data and task.domain == "gym"
-                         and task.robot in ROBOTS)}
+                         and not task.name.startswith("minari:D4RL/"))}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -2692,10 +2696,13 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error) or "interrupted; the same command continues a run from its checkpoint"
     except (BadInput, OSError, ImportError) as error:
         message = f"error: {error}"
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in repr(error).lower():  # torch on a CPU has no class of its own for this
+    except (RuntimeError, MemoryError) as error:  # torch has no classes of its own for these
+        if "memory" in repr(error).lower():
+            message = f"error: {last_line(error)}: fewer --seeds, smaller --budget or --batch-size"
+        elif "CxxCompiler" in repr(error):
+            message = "error: --compile needs a C++ compiler: install g++, or leave --compile out"
+        else:
             raise
-        message = f"error: {last_line(error)}: fewer --seeds, a smaller --budget or --batch-size"
     print(f"oap.py: {message}", file=sys.stderr)
     return 2
 

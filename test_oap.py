@@ -961,28 +961,45 @@ def test_actions_and_states_in_the_networks_units(out):
     assert torch.equal(data.preferred[1], data.action)  # Algorithm 1: ã_i = a_i
 
 
-def test_iql_scales_locomotion_rewards_and_antmaze_is_shifted(tmp_path):
+@pytest.mark.parametrize("env", ("hopper-medium-v2", "Hopper-v4:medium"))
+def test_iql_scales_rewards_by_the_range_of_returns(tmp_path, env):
+    arrays = {
+        "observations": np.ones((6, 11)),
+        "actions": np.ones((6, 3)),
+        "rewards": np.arange(6.0),
+        "terminals": np.array([0, 1, 0, 0, 1, 0]),
+        "timeouts": np.zeros(6),
+    }
     path = tmp_path / "hopper.hdf5"
-    oap.write_dataset(
-        path,
-        {
-            "observations": np.ones((6, 11)),
-            "actions": np.ones((6, 3)),
-            "rewards": np.arange(6.0),
-            "terminals": np.array([0, 1, 0, 0, 1, 0]),
-            "timeouts": np.zeros(6),
-        },
-    )
     box = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
-    for algo, scale, limit in (("td3bc", 1, 1.0), ("iql", 1000 / (9 - 1), 1 - 1e-5)):
+
+    def load(algo):
+        oap.write_dataset(path, arrays)
         args = oap.parse_args(
-            ["--env=hopper-medium-v2", f"--dataset={path}", "--scheme=offline", f"--algo={algo}"]
+            [f"--env={env}", f"--dataset={path}", "--scheme=offline", f"--algo={algo}"]
         )
-        data, units, _ = oap.load_data(args, oap.parse_task(args.env), box, 11, 1000)
+        return oap.load_data(args, oap.parse_task(args.env), box, 11, 1000)[:2]
+
+    for algo, scale, limit in (("td3bc", 1, 1.0), ("iql", 1000 / (9 - 1), 1 - 1e-5)):
+        data, units = load(algo)
         np.testing.assert_allclose(data.reward[:, 0], scale * np.arange(5.0))
         assert units.reward(2.0) == 2 * scale and data.action.max().item() == pytest.approx(
             limit, abs=1e-7
         )
+    arrays["rewards"] = np.array([1.0, 2, 1, 1, 1, 9])  # two episodes, 3 and 3
+    assert load("iql")[1].reward_scale == 1
+
+
+def test_which_domains_change_their_rewards():
+    for env, scaled in (
+        ("Pendulum-v1:random", True),
+        ("minari:mujoco/hopper/medium-v0", True),
+        ("minari:D4RL/antmaze/umaze-v1", False),
+        ("antmaze-umaze-v0", False),
+        ("AdroitHandPen-v1:medium", False),
+    ):
+        assert oap.parse_args([f"--env={env}", "--algo=iql"]).reward_scale == scaled
+        assert not oap.parse_args([f"--env={env}"]).reward_scale
     assert oap.parse_args(["--env=antmaze-umaze-v0"]).reward_shift == -1
 
 
@@ -1667,6 +1684,24 @@ def test_a_function_that_fails_in_a_round_is_one_line(out, tmp_path, capsys, mon
     assert run(f"--out={out}", "--tag=late", "--expert=late:prefer") == 2
     error = capsys.readouterr().err
     assert error == "oap.py: error: black box: no answer\n"
+
+
+def test_no_compiler_is_one_line(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled lies there
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/g++"))
+    assert run(f"--out={out}", "--tag=cxx", "--scheme=offline", "--compile") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("oap.py: error: --compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError()])
+def test_out_of_memory_is_one_line(out, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(oap, "train", fail)
+    assert run(f"--out={out}") == 2
+    assert "smaller --budget" in capsys.readouterr().err
 
 
 def test_a_finished_run_with_a_cut_log_is_one_line(out, tmp_path, capsys):
