@@ -20,38 +20,41 @@ which of two actions is better in a state of the dataset: the recorded one or th
     Eq. 5 is Eq. 6 with ã = a.  Eq. 6: td3bc_actor_loss, iql_actor_loss.  Eq. 7: improvement_bound.
 
 What the paper leaves open, and what is done here:
- 1. l_i is summed over action dimensions, scaled to [-1, 1], for the deterministic policy (IQL: the
+ 1. l_i sums over action dimensions, each in [-1, 1]; π(s) is the deterministic policy (IQL: the
     Gaussian's mean). Q* is the smaller of the black box's two.
- 2. A round that may ask more samples than were never asked asks the most divergent others again,
-    about the current policy's action; no sample twice in one round, which would tell nothing.
-    What a small dataset cannot use of the budget is lost (pen-human: half of it). Table 3's
-    OAP(inf) asks about all of D in every round.
+ 2. Once too few samples were never asked, the most divergent others are asked again, about the
+    current policy's action, none twice in a round. What is due beyond D's size is lost: on
+    pen-human half of the budget, and OAP is Table 3's OAP(inf), which asks about all of D in
+    every round.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã is frozen between rounds: the policy's action as it was when it was preferred. Asked samples
     keep the black box's answer; in every round RankNet answers anew for all the others.
- 5. RankNet goes on training from round to round, with Adam at --lr in batches of 256 of all of D_q:
-    as many as Table 5's 100 epochs have over the round's own answers (Algorithm 1: "until
-    convergence"). 100 epochs over all of D_q take 5.5 times as long and end in the same labels
-    (README). It sees states as the policy does, and is not trained when none is left to answer.
+ 5. RankNet goes on training from round to round: Adam at --lr, batches of 256 of all of D_q, as
+    many as 100 epochs of the round's own answers have (Table 5's 100 epochs; Algorithm 1: "until
+    convergence"). 100 epochs of all of D_q take 5.5 times as long and are no more accurate
+    (results/README.md). It sees states as the policy does.
  6. IQL, for which Eq. 6 is not printed: ã replaces a in the advantage-weighted regression, in the
-    weight and in the likelihood. V and Q learn from the data's action, which has the reward.
+    weight and in the likelihood; so Q is asked, here alone, about actions that are not in D. V and
+    Q learn from the data's action, which has the reward.
  7. λ in Table 5 is TD3+BC's alpha: Eq. 6's λ is alpha / mean|Q|. Its (π(s) - ã)² is the mean over
     dimensions, as in TD3+BC. Eq. 7 is logged over the asked samples, which costs no query.
- 8. OAP's last 100k updates ask nothing. IQL's cosine decay of the actor's rate spans all updates,
-    but o2o has none: its online phase, at the end, would hardly learn. Networks start as PyTorch's.
+ 8. OAP's last 100k updates ask nothing. IQL's cosine decay of the actor's rate spans all updates
+    (OAP's last round comes at 2 % of it), but "ft", which would hardly learn from what comes at
+    the end, has none. Networks start as PyTorch's.
  9. Interactions are spread evenly. "interval" for o2o means: over its first phase. Batches are
     uniform over D and own transitions, whose ã is the action itself.
 10. Schemes without D begin with 1,000 uniformly random actions, counted in the budget and in the
     even spread. TD3+BC explores with TD3's noise of 0.1, IQL and SAC by sampling.
-11. AntMaze's rewards are lowered by 1; IQL's rewards on locomotion and local tasks are scaled by
-    1000 / (best - worst trajectory), its actions clipped to 1 - 1e-5 (its authors' code). TD3+BC
-    normalises states by D's mean and deviation, where there is D. An evaluation has 10 episodes, on
-    AntMaze 100; v0's goal is drawn at every reset, as v2's, and not once for a process.
-12. Local tasks ID:QUALITY follow D4RL's recipe with "a third of the final return" counted from a
-    random policy's return, which gives it a meaning for negative returns too. medium-expert is half
-    of each, not both.
+11. AntMaze's rewards are lowered by 1. IQL's, but for AntMaze and Adroit, are scaled by 1000 /
+    (best - worst trajectory), as its authors do on locomotion; its actions are clipped to 1 - 1e-5,
+    as in their code. TD3+BC normalises states by D's mean and deviation, where there is D. An
+    evaluation has 10 episodes, on AntMaze 100; v0's goal is drawn at every reset, as v2's, and not
+    once for a process.
+12. Local tasks ID:QUALITY follow D4RL's recipe, but "random" is uniform actions, "a third of the
+    final return" is counted from theirs, since returns may be negative, and medium-expert has
+    --dataset-size rows, half of each.
 13. A black box is SAC's policy and Q at its best evaluation, scored over 100 other episodes: on
-    some robots SAC's last policy is a poor one.
+    some robots SAC's last policy is a poor one. experts/pen.pt is the mean of two (README).
 """
 
 import argparse
@@ -102,7 +105,7 @@ DOMAIN_DEFAULTS = {
 
 
 class Scheme(NamedTuple):
-    """A column of Table 1: where samples come from, and what the budget K of Section 4.1 buys."""
+    """A scheme of Table 1, or a black box's training: what it learns from, what its budget buys."""
 
     data: bool  # learns from D
     spends: str  # what the budget counts: "interactions", "queries" or nothing
@@ -206,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--normalize", action=switch, help="states to mean 0, deviation 1 (default: for td3bc)")
     add("--reward-shift", type=number(-1e12), help="added to rewards")
     add("--reward-scale", action=switch, help="rewards to returns of 1000 from worst to"
-        " best (default: for iql on locomotion and local tasks)")
+        " best (default: for iql, but for AntMaze and Adroit)")
     add("--expert-steps", type=count, default=3_000_000, help="SAC's steps, for --scheme expert")
     add("--dataset-size", type=number(100, kind=int), default=1_000_000, help="of local tasks")
     # every algorithm
@@ -243,8 +246,7 @@ class Batch(NamedTuple):
 
 
 def due(step: int, budget: float, start: int, stop: int) -> float:
-    """What of `budget`, spent evenly over updates start < t <= stop, is due by `step`: exact, and
-    never above `budget`, also where it does not divide."""
+    """How much of `budget` is due by `step`, spent evenly over start < t <= stop; rounded down."""
     done = min(max(step - start, 0), stop - start)
     return budget if math.isinf(budget) else budget * done // (stop - start)
 
@@ -300,7 +302,7 @@ def train_ranknet(ranknet: RankNet, optimizer: "Adam", pairs: tuple[Tensor, ...]
                   generator: torch.Generator, batch_size: int = 256) -> float:
     """Descends Eq. 3 on D_q = (state, action, policy_action, prefers_data) of M rows each.
 
-    Takes as many steps as `samples` need, through D_q in one random order after another. Returns
+    Takes ceil(samples / batch_size) steps, through D_q in one random order after another. Returns
     the mean loss of the last M samples, in nats: log 2 is what guessing costs.
     """
     losses, steps = [], math.ceil(samples / batch_size)
@@ -356,7 +358,7 @@ def oap_round(policy: Callable[[Tensor], Tensor], state: Tensor, action: Tensor,
     preferred[chosen] = torch.where(prefers_data[:, None], action[chosen], pi[chosen])
     log = {"divergence": ranking.mean().item(),
            "prefers_policy": 1 - prefers_data.float().mean().item()}
-    if black_box.q is not None:  # over what was asked about: this needs no further query
+    if black_box.q is not None:
         asked = queries.asked.nonzero().squeeze(1)
         log["bound"] = improvement_bound(
             black_box.value, state[asked], action[asked], preferred[asked])
@@ -565,7 +567,7 @@ def td3_next_value(critic_target: nn.Module, actor_target: nn.Module, batch: Bat
 
 
 def td3bc_actor_loss(actor: nn.Module, critic: Critic, batch: Batch, alpha: float) -> Tensor:
-    """Eq. 6 as a loss: -λ Q(s, π(s)) + (π(s) - ã)², with λ = alpha / mean|Q|."""
+    """Eq. 6 as a loss: -λ Q(s, π(s)) + (π(s) - ã)², point 7."""
     action = actor(batch.state)
     q = critic.q1(batch.state, action).squeeze(-1)  # (B,)
     weight = alpha / q.abs().mean(-1).detach()
@@ -653,7 +655,7 @@ class IQL:
         cosine = torch.cos(self.actor_opt.t * (math.pi / self.updates))
         self.actor_opt.lr.copy_(a.lr * (1 + cosine) / 2)
         with torch.no_grad():
-            next_value = self.value(batch.next_state).squeeze(-1)  # no action of the policy's
+            next_value = self.value(batch.next_state).squeeze(-1)  # IQL never takes π(s') here
         critic_loss = descend(
             self.critic_opt, bellman_loss(self.critic, batch, next_value, a.discount))
         polyak_update(self.critic_target, self.critic, a.polyak)
@@ -753,7 +755,7 @@ class Units(NamedTuple):
 
 
 class BlackBox:
-    """Answers "is a at least as good as b in s?" at most `budget` times, and OAP learns no more.
+    """Answers "is a at least as good as b in s?" at most `budget` times: all that OAP learns of it.
 
     Behind it is q(s, a) -> (B,) of tensors, or prefer(s, a, b) -> (B,) bools of NumPy arrays. Both
     get the environment's numbers, as `units` says. Raises BadInput for other shapes and for NaN.
@@ -887,7 +889,7 @@ ARRAYS = ("observations", "actions", "rewards", "terminals", "timeouts")  # of a
 class Data:
     """Transitions in packed rows on the device: D, which all seeds share, then each seed's own.
 
-    A seed counts D's rows from 0 to N - 1 and its own from N to size - 1.
+    To a seed, index i < N is D's row i, and N <= i < size its own (i - N)th.
     """
 
     def __init__(self, offline: int, room: int, seeds: int, state_dim: int, action_dim: int,
@@ -978,7 +980,7 @@ def qlearning_dataset(source: str, raw: dict[str, np.ndarray], box, state_dim: i
 
     Timeout rows and the last row are dropped, as nothing follows them. A terminal row has the next
     episode's first observation, which its target masks. Without timeouts, there is one where an
-    episode reaches `horizon`. A move by more than `jump` metres ends a trajectory but drops no row:
+    episode reaches `horizon`. For `returns` alone, a move by more than `jump` metres is an end:
     AntMaze v0's timeouts are not where its episodes end. Raises BadInput unless all arrays fit each
     other and the environment, whose actions are in `box`.
     """
@@ -1124,7 +1126,7 @@ VERSIONS = {"gym": "-v2", "antmaze": ("-v0", "-v2"), "adroit": "-v1"}  # of D4RL
 
 
 def d4rl_robot(robot: str) -> str:
-    """hopper of Hopper-v4; itself, of what D4RL has not."""
+    """ROBOTS' name of a Gymnasium id, or the id itself."""
     return next((k for k, r in ROBOTS.items() if r.gym_id == robot and not r.maze), robot)
 
 
@@ -1133,7 +1135,7 @@ class Task(NamedTuple):
     domain: str
     robot: str  # hopper, Hopper-v4: whose black box fits
     quality: str  # of a local task; "" for D4RL's
-    scored_as: str  # the task of D4RL whose reference returns are its own, if it is there
+    scored_as: str  # the task of D4RL with the same reference returns, if there is one
 
 
 def parse_task(name: str) -> Task:
@@ -1643,7 +1645,7 @@ def expert_folder(args: argparse.Namespace, task: Task) -> Path:
     return trained
 
 
-# What does not change the numbers that a seed's run has.
+# Arguments that leave a seed's numbers alone.
 FREE = {"overwrite", "device", "out", "seeds", "compile", "cuda_graph", "checkpoint_every",
         "tensorboard", "wandb", "benchmark", "report"}
 
@@ -1896,12 +1898,12 @@ class Run:
         prepare_local_task(args, task, self.envs)
         expert = args.expert or default_expert(args, task)
         if (scheme.asks or args.audit) and ":" not in expert and not Path(expert).is_file():
-            raise BadInput(f"no black box {expert}: --scheme expert trains one, --expert names one")
+            raise BadInput(f"no black box {expert}: name one by --expert (README: training one)")
         self.data, self.units, behaviour = load_data(
             args, task, box, dims[0], spec.max_episode_steps)
         self.updates = args.steps + args.finetune_steps * scheme.finetune
         self.agent, self.ranknets, self.generators = build(
-            args, seeds, *dims, math.inf if args.scheme == "o2o" else self.updates)
+            args, seeds, *dims, math.inf if args.timing == "ft" else self.updates)
         self.queries = [
             QueryDataset(self.data.offline, dims[1], self.data.rows.device) for _ in seeds]
         self.black_boxes, self.interaction = [], None
