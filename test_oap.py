@@ -1371,6 +1371,22 @@ def run(*argv):
     return oap.main(["--env=Point-v0:medium", *SMALL, *argv])
 
 
+@pytest.mark.parametrize("argv, updates", [
+    (["--scheme=offline"], 40), (["--scheme=oap"], 60), (["--scheme=oap", "--timing=ft"], math.inf),
+    (["--scheme=o2o"], math.inf), (["--scheme=o2o", "--timing=interval"], 60),
+])  # fmt: skip
+def test_iqls_decay_spans_all_updates_but_what_comes_at_the_end(out, argv, updates):
+    args = oap.parse_args(["--env=Point-v0:medium", *SMALL, f"--out={out}", "--algo=iql", *argv])
+    agent = oap.Run(args, oap.parse_task(args.env)).agent
+    assert agent.updates == updates
+    batch = torch.ones(1, 4, 2)
+    action, one = batch[..., :1] / 2, torch.ones(1, 4)
+    for _ in range(30):
+        agent.update(oap.Batch(batch, action, one, batch, one, action), None, True)
+    expected = 3e-4 * (1 + math.cos(math.pi * 30 / updates)) / 2
+    assert agent.actor_opt.lr.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("algo", ["td3bc", "iql"])
 @pytest.mark.parametrize("scheme", ["offline", "online", "online-mix", "o2o", "oap"])
 def test_every_scheme_with_both_algorithms(out, scheme, algo):
