@@ -25,7 +25,7 @@ What the paper leaves open, and what is done here:
  2. Once too few samples were never asked, the most divergent others are asked again, about the
     current policy's action, none twice in a round. What is due beyond D's size is lost: on
     pen-human half of the budget, and OAP is Table 3's OAP(inf), which asks about all of D in
-    every round.
+    every round and needs no RankNet.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã is frozen between rounds: the policy's action as it was when it was preferred. Asked samples
     keep the black box's answer; in every round RankNet answers anew for all the others.
@@ -655,7 +655,7 @@ class IQL:
         cosine = torch.cos(self.actor_opt.t * (math.pi / self.updates))
         self.actor_opt.lr.copy_(a.lr * (1 + cosine) / 2)
         with torch.no_grad():
-            next_value = self.value(batch.next_state).squeeze(-1)  # IQL never takes π(s') here
+            next_value = self.value(batch.next_state).squeeze(-1)  # no action at s' is needed
         critic_loss = descend(
             self.critic_opt, bellman_loss(self.critic, batch, next_value, a.discount))
         polyak_update(self.critic_target, self.critic, a.polyak)
@@ -1898,7 +1898,7 @@ class Run:
         prepare_local_task(args, task, self.envs)
         expert = args.expert or default_expert(args, task)
         if (scheme.asks or args.audit) and ":" not in expert and not Path(expert).is_file():
-            raise BadInput(f"no black box {expert}: name one by --expert (README: training one)")
+            raise BadInput(f"no black box {expert}: --expert names one; README says who trains it")
         self.data, self.units, behaviour = load_data(
             args, task, box, dims[0], spec.max_episode_steps)
         self.updates = args.steps + args.finetune_steps * scheme.finetune
@@ -2698,7 +2698,7 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error) or "interrupted; the same command continues a run from its checkpoint"
     except (BadInput, OSError, ImportError) as error:
         message = f"error: {error}"
-    except (RuntimeError, MemoryError) as error:  # torch has no classes of its own for these
+    except (RuntimeError, MemoryError) as error:  # torch tells these by words alone
         if "memory" in repr(error).lower():
             message = f"error: {last_line(error)}: fewer --seeds, smaller --budget or --batch-size"
         elif "CxxCompiler" in repr(error):
