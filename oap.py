@@ -438,7 +438,7 @@ class TD3BC(nn.Module):
 
 def expectile_loss(error: Tensor, expectile: float) -> Tensor:
     """IQL's Eq. 5: makes V(s) an upper expectile of Q(s, a), for error = Q - V (B,)."""
-    return (torch.where(error > 0, expectile, 1 - expectile) * error**2).mean()
+    return ((expectile - (error < 0).to(error.dtype)).abs() * error**2).mean()
 
 def iql_actor_loss(log_prob: Tensor, advantage: Tensor, beta: float) -> Tensor:
     """Eq. 6 for IQL (choice 6), its authors' Eq. 7 of log π(ã|s) and Q(s, ã) - V(s), (B,) each."""
@@ -859,7 +859,7 @@ COLUMNS = (
     "step", "score", "return", "interactions", "queries", "prefers_policy", "divergence",
     "asked_gain", "improvement", "ranknet_loss", "ranknet_accuracy", "unasked_prefer_policy",
     "critic_loss", "actor_loss", "value_loss", "seconds")
-SHOWN = "score", "return", "prefers_policy", "asked_gain", "critic_loss"  # on the screen
+SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
 FREE = (  # what leaves a run's numbers alone; of files, the content counts
     "out", "device", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions")
 
@@ -1013,14 +1013,15 @@ def train(args: argparse.Namespace) -> Path:
 
         losses |= advance(step % args.policy_delay == 0)
 
-        if asks and step in rounds:  # Algorithm 1's "if"
-            log |= oap.round(act, rounds[step])
-            log |= oap.audit(act) if args.audit else {}
-
-        if step % args.eval_every == 0:
+        asking, evaluating = asks and step in rounds, step % args.eval_every == 0
+        if asking or evaluating:
             log |= {name: loss.item() for name, loss in losses.items()}
             check(all(abs(log[name]) < 1e15 for name in losses),  # NaN is not
                   f"{folder} diverged by update {step:,}: {log}")
+        if asking:  # Algorithm 1's "if"
+            log |= oap.round(act, rounds[step])
+            log |= oap.audit(act) if args.audit else {}
+        if evaluating:
             value = evaluate(envs, act, args.eval_episodes, (args.seed, step)).mean().item()
             log |= {"step": step, "return": value, "score": 100 * (value - low) / (high - low),
                     "interactions": data.size - data.offline,
@@ -1031,8 +1032,9 @@ def train(args: argparse.Namespace) -> Path:
             lines = [",".join(map(str, line)) + "\n" for line in table]
             write(folder / "progress.csv", "".join(lines).encode())
             left = tqdm.format_interval(log["seconds"] / step * (updates - step))
+            shown = ["return" if math.isnan(low) else "score", *(k for k in SHOWN if k in log)]
             tqdm.write(f"seed {args.seed}  step {step:>9,}  left {left:>8}" + "".join(
-                f"  {name} {log[name]:.4g}" for name in SHOWN if name in log))
+                f"  {name} {log[name]:8.4g}" for name in shown[:3]))
             if args.wandb:
                 run.log(log, step)
             log = {}
@@ -1055,8 +1057,8 @@ def train(args: argparse.Namespace) -> Path:
         "env": args.env, "algo": args.algo, "rows": rows, "mean": mean, "std": std,
         "actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()})
     checkpoint.unlink(missing_ok=True)
-    print(f"{folder}: return {final['return']:,.1f}, score {final['score']:.1f}, the mean of the"
-          f" last {len(rows[-10:])} evaluations")
+    print(f"{folder}: {', '.join(f'{k} {x:,.1f}' for k, x in final.items() if not math.isnan(x))},"
+          f" the mean of the last {len(rows[-10:])} evaluations")
     return folder
 
 # --------------------------------------------------------------------------------------------- main

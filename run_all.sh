@@ -1,79 +1,39 @@
 #!/usr/bin/env bash
-# Every task x scheme x algorithm, all seeds together: one queue for each GPU, or one on the CPU.
+# Every task x scheme x algorithm x seed, JOBS runs at a time, spread over the GPUs. Finished runs
+# are skipped and stopped ones go on, so the same command goes on after a stop. A failed run stops
+# no other: it is named at the end, with exit code 1. Results are in ./runs, wherever you are.
 #
-#   SCHEMES=expert SEEDS=0 TASKS="halfcheetah-medium-v2 walker2d-medium-v2" bash run_all.sh  # black boxes
-#   bash run_all.sh                                    # the runs of the paper's Table 2
+#   bash run_all.sh                                       # the paper's Table 2
 #   TASKS=pen-human-v1 SCHEMES="offline oap" ALGOS="td3bc iql" SEEDS="0 1" bash run_all.sh
-#   DRY_RUN=1 bash run_all.sh                          # prints the commands
-#   GPUS="0 1" bash run_all.sh                         # these GPUs; all of them by default
-#   sbatch --array=0-39 --gpus=1 run_all.sh            # every task of the array takes its share
-#   TASKS=hopper-medium-v2 bash run_all.sh --expert hopper.pt   # arguments go to every run
-#
-# A finished run is skipped, so the same command goes on after a stop. A failed run does not stop the
-# others: it is listed at the end, with exit code 1.
-set -u
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+#   GPUS="0 1" JOBS=6 bash run_all.sh --cuda-graph        # 3 on each; arguments go to every run
+#   DRY_RUN=1 bash run_all.sh                             # prints the commands
+#   sbatch --array=0-39 --gpus=1 run_all.sh               # every array task takes its share
+here=$(dirname "$0")
+[ -f "$here/oap.py" ] || here=${SLURM_SUBMIT_DIR:-$here}  # sbatch starts a copy of this script
+[ -f "$here/oap.py" ] || { echo "run_all.sh: no oap.py in $here" >&2; exit 2; }
 gym=$(echo {halfcheetah,hopper,walker2d}-{random,medium,medium-replay,medium-expert}-v2)
 antmaze=$(echo antmaze-umaze{,-diverse}-v0 antmaze-{medium,large}-{play,diverse}-v0)
-read -ra tasks <<< "${TASKS:-$gym $antmaze pen-human-v1 pen-cloned-v1}"
-read -ra schemes <<< "${SCHEMES:-offline online online-mix o2o oap}"
-read -ra algos <<< "${ALGOS:-td3bc}"
-all_gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')
-gpus=${GPUS:-${CUDA_VISIBLE_DEVICES:-$all_gpus}}
-read -ra gpus <<< "${gpus//,/ }"
-[ ${#gpus[@]} -gt 0 ] || gpus=(none)
-
-runs=()
-for task in "${tasks[@]}"; do for scheme in "${schemes[@]}"; do for algo in "${algos[@]}"; do
-  [ "$scheme" = expert ] && learner="" || learner=" --algo $algo"  # black boxes are SAC's
-  runs+=("--env $task --scheme $scheme$learner --seeds ${SEEDS:-0 1 2 3 4}")
-done; done; done
-shares=${SLURM_ARRAY_TASK_COUNT:-1}
-share=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
-[ "$share" -lt "$shares" ] || { echo "not one of $shares array tasks: $share"; exit 2; }
-
-failed=$(mktemp) && trap 'rm -f "$failed"' EXIT
-stopped="" children=()
-stop() {  # passes a signal on: each run saves its checkpoint before it leaves
-  stopped=1
-  kill "${children[@]}" 2>/dev/null
-  sleep 0.3  # a child that was just being forked may not have heard it
-  kill "${children[@]}" 2>/dev/null
+all=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -x '[0-9]*' | xargs)
+GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$all}} && export GPUS=${GPUS//,/ }
+jobs=${JOBS:-$(wc -w <<< "$GPUS")} && [ -z "$DRY_RUN" ] && [ "$jobs" -gt 1 ] || jobs=1
+[ "$jobs" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+share=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
+shares=${SLURM_ARRAY_TASK_COUNT:-1} notes=$(mktemp -d) && export notes
+trap 'rm -rf "$notes"' EXIT
+[ $share -lt "$shares" ] || { echo "run_all.sh: --array must be a range" >&2; exit 2; }
+one_run() {  # in slot SLOT of all jobs, python with these arguments
+  read -ra gpus <<< "$GPUS"
+  [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES="${gpus[SLOT % ${#gpus[@]}]}"
+  [ -z "$DRY_RUN" ] || { printf '%q ' python "$@" && echo && return; }
+  { python "$@" 2>&1 >&3 | tee "$notes/$SLOT" >&2; } 3>&1 && return  # the status is python's
+  grep -q "another process trains in" "$notes/$SLOT" && what="another process has" || what=failed
+  echo "$what: ${*: -8}" >> "$notes/report"
 }
-trap stop INT TERM
-await() {  # a background process; a signal ends bash's own wait too early
-  while kill -0 "$1" 2>/dev/null; do wait "$1"; done
-}
-begin() {  # a command, in the background, also if a signal comes right now
-  "$@" &
-  children+=($!)
-  [ -z "$stopped" ] || stop
-}
-queue() {  # GPU, its place among the GPUs, arguments for every run
-  local gpu=$1 place=$2 i=-1 run status
-  trap stop INT TERM
-  [ "$gpu" = none ] || export CUDA_VISIBLE_DEVICES=$gpu
-  for run in "${runs[@]}"; do
-    i=$((i + 1)) children=()
-    [ $((i % shares)) -eq "$share" ] && [ $((i / shares % ${#gpus[@]})) -eq "$place" ] || continue
-    # shellcheck disable=SC2086  # a run is several words
-    if [ -n "${DRY_RUN:-}" ]; then
-      echo "python oap.py $run ${*:3}"
-      continue
-    fi
-    # shellcheck disable=SC2086
-    begin python oap.py $run "${@:3}"
-    await $!
-    wait $!
-    status=$?
-    [ -z "$stopped" ] || return
-    [ $status -eq 0 ] || echo "$run" >> "$failed"
-  done
-}
-for place in "${!gpus[@]}"; do
-  begin queue "${gpus[place]}" "$place" "$@"
-done
-for queue in "${children[@]}"; do await "$queue"; done
-[ -z "$stopped" ] || echo "stopped: the same command goes on"
-[ ! -s "$failed" ] || { echo "failed runs:" && cat "$failed"; }
-[ -z "$stopped" ] && [ ! -s "$failed" ]
+export -f one_run && set -m  # what follows is a job, which is stopped as a whole
+trap 'kill %1; disown; echo "run_all.sh: stopped; the same command goes on"; exit 130' INT TERM HUP
+for task in ${TASKS:-$gym $antmaze pen-human-v1 pen-cloned-v1}; do for algo in ${ALGOS:-td3bc}; do
+  for scheme in ${SCHEMES:-offline online online-mix o2o oap}; do for s in ${SEEDS:-0 1 2 3 4}; do
+    echo "--env $task --algo $algo --scheme $scheme --seed $s"; done; done; done; done |
+  awk "(NR - 1) % $shares == $share" | xargs -rn 8 -P "$jobs" --process-slot-var=SLOT \
+    bash -o pipefail -c 'one_run "$@"' - "$here/oap.py" "$@" &
+wait $! && { cat "$notes/report" 2>/dev/null; ! grep -qs ^failed "$notes/report"; }
