@@ -97,13 +97,10 @@ SCHEMES = {
     "o2o":        Scheme(data=True,  spends="interactions", timing="ft",       finetune=True),
     "oap":        Scheme(data=True,  spends="queries",      timing="interval", finetune=True),
 }
-DOMAINS = ("gym", "antmaze", "adroit")
-PER_DOMAIN = {  # defaults that depend on the domain: Table 5's, and choice 11's
-    "td3bc_alpha": (2.5, 2.5, 0.1),
-    "iql_beta": (3.0, 10.0, 0.5),
-    "iql_expectile": (0.7, 0.9, 0.7),
-    "iql_dropout": (0.0, 0.0, 0.1),
-    "reward_shift": (0.0, -1.0, 0.0),
+PER_DOMAIN = {  # defaults: Table 5's, and choice 11's
+    "gym": dict(td3bc_alpha=2.5, iql_beta=3, iql_expectile=0.7, iql_dropout=0, reward_shift=0),
+    "antmaze": dict(td3bc_alpha=2.5, iql_beta=10, iql_expectile=0.9, iql_dropout=0, reward_shift=-1),
+    "adroit": dict(td3bc_alpha=0.1, iql_beta=0.5, iql_expectile=0.7, iql_dropout=0.1, reward_shift=0),
 }
 
 class BadInput(ValueError):
@@ -180,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     scheme, robot = SCHEMES[args.scheme], find_robot(args.env)
     args = argparse.Namespace(**{
-        **{name: row[DOMAINS.index(robot.domain)] for name, row in PER_DOMAIN.items()},
+        **PER_DOMAIN[robot.domain],
         "timing": scheme.timing, "normalize": scheme.data and args.algo == "td3bc",
         "reward_scale": scheme.data and args.algo == "iql" and robot.domain == "gym",
         "expert": str(HERE / "experts" / f"{robot.name}.pt"), **vars(args)})
@@ -245,8 +242,8 @@ class OAP(nn.Module):
     black box take; RankNet is any module f(state, action) -> (B,), of normalised states, or None.
     """
 
-    def __init__(self, state: Tensor, action: Tensor, black_box: "BlackBox",
-                 ranknet: nn.Module | None, epochs=100, lr=3e-4, batch_size=256):
+    def __init__(self, state: Tensor, action: Tensor, black_box, ranknet: nn.Module | None,
+                 epochs: int = 100, lr: float = 3e-4, batch_size: int = 256):
         super().__init__()
         self.state, self.action, self.black_box, self.ranknet = state, action, black_box, ranknet
         self.mean, self.std = moments(state)
@@ -267,18 +264,16 @@ class OAP(nn.Module):
         answers = self.black_box(self.state[chosen], self.action[chosen], pi[chosen])  # Eq. 2
         self.asked[chosen] = True
         self.policy_action[chosen], self.prefers_data[chosen] = pi[chosen], answers
-        self.prefer(chosen, pi, answers)
+        self.preferred[chosen] = torch.where(answers[:, None], self.action[chosen], pi[chosen])
         log = {"divergence": ranking.mean().item(),
                "prefers_policy": 1 - answers.float().mean().item(),
                "asked_gain": self.value_gain(self.asked)}
         rest = (~self.asked).nonzero().squeeze(1)
         if self.ranknet is not None and 0 < len(rest) < len(self.asked):
             log["ranknet_loss"] = self.train_ranknet()  # Eq. 3
-            self.prefer(rest, pi, self.pseudo_queries(rest, pi))  # Eq. 4
+            answers = self.pseudo_queries(rest, pi)  # Eq. 4
+            self.preferred[rest] = torch.where(answers[:, None], self.action[rest], pi[rest])
         return log
-
-    def prefer(self, index: Tensor, pi: Tensor, prefers_data: Tensor) -> None:
-        self.preferred[index] = torch.where(prefers_data[:, None], self.action[index], pi[index])
 
     def train_ranknet(self) -> float:
         """Descends Eq. 3 for `epochs` over D_q. Returns the mean loss of the last one, in nats."""
@@ -863,8 +858,7 @@ SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of th
 FREE = (  # what leaves a run's numbers alone; of files, the content counts
     "out", "device", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions")
 
-def evaluate(envs: list[Env], policy: Callable[[np.ndarray], Tensor], episodes: int,
-             seed: tuple[int, ...]) -> np.ndarray:
+def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, ...]) -> np.ndarray:
     """Undiscounted returns (episodes,), of raw states (E, O) -> actions (E, A) in [-1, 1]."""
     returns, seed = np.zeros(episodes), int(np.random.SeedSequence(seed).generate_state(1)[0])
     for first in range(0, episodes, len(envs)):  # an episode in each environment
@@ -892,8 +886,10 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
     folder as long as the result lives. Raises BadInput."""
     folder.mkdir(parents=True, exist_ok=True)
     lock, path, old = (folder / "lock").open("w"), folder / "config.json", config
-    with blame(f"another process trains in {folder}", BlockingIOError):
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another process trains in {folder}") from None
     if path.is_file():
         with blame(f"{path} can't be read; rm -r {folder} begins anew"):
             old = dict(json.loads(path.read_text("utf-8")))
@@ -1066,29 +1062,30 @@ def train(args: argparse.Namespace) -> Path:
 def demo() -> None:
     """OAP and the offline scheme with as many updates, on a small dataset that is shipped."""
     print("A demo on Pendulum, two minutes on two CPU cores: the offline scheme, then OAP.")
-    here = os.path.relpath(HERE)
+    here, models = os.path.relpath(HERE), []
     common = (f"--env Pendulum-v1 --dataset {here}/testdata/pendulum-medium.hdf5 --batch-size 64"
               f" --expert {here}/experts/pendulum.pt --eval-every 500 --out runs/demo --scheme ")
-    models = []
     for flags in ("offline --steps 6000", "oap --steps 5000 --finetune-steps 1000 --interval 1000"
                   " --budget 1000 --audit"):
         print(f"python oap.py {common}{flags}")
         models.append(load(train(parse_args(f"{common}{flags}".split())) / "model.pt", "cpu"))
     last = [row for row in models[1]["rows"] if "prefers_policy" in row][-1]
-    for name, value in (
-        ("score of offline", models[0]["score"]), ("score of OAP", models[1]["score"]),
-        ("questions asked", last["queries"]),
-        ("answers that preferred the policy, last round", last["prefers_policy"]),
-        ("RankNet's accuracy on samples never asked", last["ranknet_accuracy"]),
-        ('accuracy of always answering "policy"', last["unasked_prefer_policy"]),
-    ):
-        print(f"{name:<48}{value:>9,.4g}")
-    print("Next: python oap.py --scheme oap --env pen-human-v1; README.md has more.")
+    print(f"""
+score of offline                                {models[0]["score"]:9.1f}
+score of OAP                                    {models[1]["score"]:9.1f}
+questions asked                                 {last["queries"]:9,}
+answers that preferred the policy, last round   {last["prefers_policy"]:9.1%}
+RankNet's accuracy on samples never asked       {last["ranknet_accuracy"]:9.1%}
+accuracy of always answering "policy"           {last["unasked_prefer_policy"]:9.1%}
+
+Next: python oap.py --scheme oap --env pen-human-v1; README.md has more.""")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     sys.path.append(os.getcwd())  # for black boxes and environments of one's own
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more gain little on such small batches, and lose much elsewhere
     try:
         train(parse_args(argv)) if argv else demo()
         return 0
