@@ -5,7 +5,6 @@ Yang et al., "Boosting Offline Reinforcement Learning with Action Preference Que
     python oap.py                                          # a demo: no download, two minutes
     python oap.py --scheme oap --env pen-human-v1          # the method; it asks experts/pen.pt
     python oap.py --scheme offline --env pen-human-v1      # what it is compared with
-    python oap.py --help
 
 OAP improves an offline policy without touching the environment. Every M_inter updates it asks a
 black box (an expert's Q) which action is better in a state s of the dataset D: the recorded a, or
@@ -22,7 +21,7 @@ Where the paper is in this file:
     l_i, Table 5        which samples to ask about        divergence, select_queries
     Eq. 3, Eq. 4        RankNet's loss; pseudo queries    ranknet_loss, pseudo_query
     Eq. 5, Eq. 6        the adjusted policy constraint    td3bc_actor_loss, iql_actor_loss
-    Eq. 7, Figure 6     how much better ã is than a       OAP.value_gain, figure_6
+    Eq. 7               how much better ã is than a       OAP.value_gain; --audit
     Table 3, Figure 7   variants                          --budget inf, --no-ranknet, --timing
 
 What the paper leaves open, and what is done here:
@@ -62,7 +61,6 @@ import math
 import os
 import re
 import runpy
-import subprocess
 import sys
 import tempfile
 import time
@@ -98,9 +96,9 @@ SCHEMES = {
     "oap":        Scheme(data=True,  spends="queries",      timing="interval", finetune=True),
 }
 PER_DOMAIN = {  # defaults: Table 5's, and choice 11's
-    "gym": dict(td3bc_alpha=2.5, iql_beta=3, iql_expectile=0.7, iql_dropout=0, reward_shift=0),
-    "antmaze": dict(td3bc_alpha=2.5, iql_beta=10, iql_expectile=0.9, iql_dropout=0, reward_shift=-1),
-    "adroit": dict(td3bc_alpha=0.1, iql_beta=0.5, iql_expectile=0.7, iql_dropout=0.1, reward_shift=0),
+    "gym": dict(td3bc_alpha=2.5, iql_beta=3.0, iql_expectile=0.7, iql_dropout=0, reward_shift=0),
+    "antmaze": dict(td3bc_alpha=2.5, iql_beta=10, iql_expectile=.9, iql_dropout=0, reward_shift=-1),
+    "adroit": dict(td3bc_alpha=0.1, iql_beta=.5, iql_expectile=0.7, iql_dropout=.1, reward_shift=0),
 }
 
 class BadInput(ValueError):
@@ -755,11 +753,11 @@ def dataset_file(url: str) -> Path:
     return path
 
 def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """What d4rl.qlearning_dataset makes of a file, and its reference returns. Raises BadInput.
+    """What d4rl.qlearning_dataset makes of a file, its trajectories' returns, and its references.
 
     Rows with a timeout and the last row are dropped, as nothing follows them. After a terminal row,
     next_state is the next episode's start, which `done` masks. A file without timeouts has one
-    where an episode reaches the horizon. Also: the returns of the trajectories.
+    where an episode reaches the horizon. Raises BadInput.
     """
     keys, raw, age = ["observations", "actions", "rewards", "terminals", "timeouts"], {}, 0
     shapes = [env.observation_space.shape, env.action_space.shape, (), (), ()]
@@ -851,9 +849,9 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
 # ------------------------------------------------------------------------- evaluation and training
 
 COLUMNS = (
-    "step", "score", "return", "interactions", "queries", "prefers_policy", "divergence",
-    "asked_gain", "improvement", "ranknet_loss", "ranknet_accuracy", "unasked_prefer_policy",
-    "critic_loss", "actor_loss", "value_loss", "seconds")
+    "step score return interactions queries prefers_policy divergence asked_gain improvement"
+    " ranknet_loss ranknet_accuracy unasked_prefer_policy critic_loss actor_loss value_loss seconds"
+).split()
 SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
 FREE = (  # what leaves a run's numbers alone; of files, the content counts
     "out", "device", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions")
@@ -902,9 +900,7 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
 
 def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
     """`advance`, replayed from a CUDA graph for each argument: one launch instead of a hundred.
-
-    What `advance` reads must stay where it is in memory and be changed in place.
-    """
+    What it reads must stay where it is in memory and be changed in place."""
     graphs, calls = {}, {False: 0, True: 0}
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default stream
@@ -925,13 +921,15 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
 def train(args: argparse.Namespace) -> Path:
     """Runs a scheme; with --scheme oap, Algorithm 1. Returns the run's folder. Raises BadInput.
 
-    Continues a stopped run from its checkpoint: on a CPU, `offline` and `oap` to the very numbers
-    of an uninterrupted run; the others with a new episode.
+    A stopped run goes on from its checkpoint, and ends as if it had not been stopped, but for a new
+    episode where it interacts.
     """
     scheme, device, folder = SCHEMES[args.scheme], torch.device(args.device), run_folder(args)
     asks, interacts = scheme.spends == "queries", scheme.spends == "interactions"
     updates = args.steps + args.finetune_steps * scheme.finetune
     rng = torch.cuda if device.type == "cuda" else torch  # where all random numbers come from
+    if rng is torch.cuda:
+        rng.set_device(device)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
 
@@ -953,7 +951,7 @@ def train(args: argparse.Namespace) -> Path:
         data.preferred = oap.preferred
         print(f"{len(rounds)} rounds will ask {sum(rounds.values()):,} questions")
     if interacts:
-        env, random_steps = make_env(args.env), 0 if scheme.data else args.random_steps
+        env, random_steps, raw = make_env(args.env), 0 if scheme.data else args.random_steps, None
         start, stop = (args.steps, updates) if args.timing == "ft" else (0, args.steps)
 
     @torch.no_grad()
@@ -964,11 +962,11 @@ def train(args: argparse.Namespace) -> Path:
         return agent.update(data.sample(args.batch_size), delayed)  # Eq. 6
 
     # The run's folder: a new run, one to go on with, or a finished one.
-    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True)
-    versions = {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)}
-    _lock = claim(folder, vars(args) | about | about_data | {
-        "budget": "inf" if math.isinf(args.budget) else args.budget,  # JSON has no infinity
-        "versions": versions | {"commit": git.stdout.decode().strip()}})
+    versions = {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)} | {
+        "commit": os.popen(f"git -C '{HERE}' rev-parse HEAD 2>/dev/null").read().strip()}
+    config = vars(args) | about | about_data | {"versions": versions}
+    config["budget"] = "inf" if math.isinf(args.budget) else args.budget  # JSON has no infinity
+    _lock = claim(folder, config)
     if (folder / "model.pt").is_file():
         print(f"{folder} is finished")
         return folder
@@ -986,12 +984,10 @@ def train(args: argparse.Namespace) -> Path:
             data.append(*data.split(saved["own"]))
         rng.set_rng_state(saved["rng"].cpu())
         print(f"{folder} continues after update {done:,}")
-    if interacts:
-        raw, _ = env.reset(seed=args.seed + done)
     if args.wandb:
         import wandb
 
-        run = wandb.init(project="oap", name=str(folder), config=vars(args))
+        run = wandb.init(project="oap", name=str(folder), config=config)
     advance = graphed(advance) if args.cuda_graph else advance
     low, high = (about_data.get(f"ref_{k}_score", math.nan) for k in ("min", "max"))
     started = time.monotonic() - seconds
@@ -1001,11 +997,13 @@ def train(args: argparse.Namespace) -> Path:
         while interacts and (n := data.size - data.offline) < max(
                 args.budget * min(max(step - start, 0), stop - start) // (stop - start),
                 min(random_steps, args.budget)):
+            if raw is None:  # a new episode
+                raw, _ = env.reset(seed=hash((args.seed, n)) % 2**31)
             a = act(raw, agent.explore) if n >= random_steps else (
                 torch.rand(dims[1], device=device) * 2 - 1)
             next_raw, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
             data.append(raw, a, reward, next_raw, terminal)
-            raw = env.reset()[0] if terminal or truncated else next_raw
+            raw = None if terminal or truncated else next_raw
 
         losses |= advance(step % args.policy_delay == 0)
 
@@ -1084,8 +1082,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     sys.path.append(os.getcwd())  # for black boxes and environments of one's own
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # more gain little on such small batches, and lose much elsewhere
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more gain little here
     try:
         train(parse_args(argv)) if argv else demo()
         return 0

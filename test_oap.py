@@ -38,7 +38,6 @@ SHARED = HERE.parent / "shared"
 RECORDINGS = sorted(HERE.glob("testdata/*.npz")) + sorted(SHARED.glob("golden/*.npz"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not there")
 
-
 class Point(gym.Env):
     """A point on a line, pushed by actions in [-2, 3]: leaving [-2, 2] ends the episode."""
 
@@ -60,9 +59,7 @@ class Point(gym.Env):
         self.x += 0.3 * float(action[0])
         return self.state(), 1 - self.x**2, abs(self.x) > 2, False, {}
 
-
 gym.register("Point-v0", Point, max_episode_steps=20)
-
 
 def write_hdf5(path, arrays, **attributes):
     with h5py.File(path, "w") as file:
@@ -70,7 +67,6 @@ def write_hdf5(path, arrays, **attributes):
             file[key] = value
         file.attrs.update(attributes)
     return path
-
 
 def point_data(n=500, seed=0):
     """D4RL's arrays of Point-v0 under random actions."""
@@ -85,7 +81,6 @@ def point_data(n=500, seed=0):
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     return {k: np.array(column) for k, column in zip(keys, zip(*rows, strict=True), strict=True)}
 
-
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """A folder with Point-v0's data and a black box of it, a module of one's own, and runs."""
@@ -99,7 +94,6 @@ def files(tmp_path_factory):
         "    return abs(x + .3 * a[:, 0]) <= abs(x + .3 * b[:, 0])\n")
     return folder
 
-
 @pytest.fixture
 def run(files, monkeypatch):
     """Runs oap.py's main with Point-v0 and small numbers; gives the exit code."""
@@ -109,15 +103,12 @@ def run(files, monkeypatch):
              " --batch-size=16 --random-steps=10 --device=cpu")
     return lambda *argv: oap.main([*small.split(), *argv])
 
-
 def rows_of(folder, drop=("seconds",)):
     with open(Path(folder, "progress.csv"), encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(file)]
 
-
 def make_args(*argv):
     return oap.parse_args(["--env=Point-v0", "--dataset=x", "--device=cpu", *argv])
-
 
 def batch_of(rng, size=64, dtype=torch.float64):
     """For states of 5 and actions of 3 dimensions."""
@@ -125,9 +116,7 @@ def batch_of(rng, size=64, dtype=torch.float64):
     return oap.Batch(normal(5), normal(3).tanh(), normal(), normal(5), (normal() < 0).to(dtype),
                      normal(3).tanh())
 
-
 # ---------------------------------------------------------------------------- schemes and arguments
-
 
 def test_table_5_and_the_protocols_are_the_defaults():
     for env, alpha, beta, expectile, dropout, shift in (
@@ -146,7 +135,6 @@ def test_table_5_and_the_protocols_are_the_defaults():
         1e6, 1e5, 1e5, 1e5, 100, 256, 3e-4, 0.99, 0.005, 0.2, 0.5, 2, 5_000, 10)
     assert not oap.parse_args(["--env=hopper-medium-v2", "--scheme=online"]).normalize
 
-
 def test_every_flag_is_read(capsys):
     tree = ast.parse((HERE / "oap.py").read_text("utf-8"))
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
@@ -156,7 +144,6 @@ def test_every_flag_is_read(capsys):
     flags = set(re.findall(r"^  --(?!no-)([\w-]+)", capsys.readouterr().out, re.M))
     assert len(flags) > 35 and {flag.replace("-", "_") for flag in flags} <= read
 
-
 def test_whole_numbers_may_be_written_as_1e6():
     assert make_args("--steps=2e6").steps == 2_000_000
     for bad in ("--steps=1.5", "--steps=0", "--lr=nan", "--discount=1.1", "--steps=many"):
@@ -164,9 +151,7 @@ def test_whole_numbers_may_be_written_as_1e6():
             make_args(bad)
         assert error.value.code == 2
 
-
 # ----------------------------------------------------------------------------------- OAP, section 3
-
 
 @pytest.mark.parametrize("budget, steps, interval, timing, rounds", [
     (100_000, 1_000_000, 100_000, "interval", {t * 100_000: 10_000 for t in range(1, 11)}),
@@ -177,10 +162,8 @@ def test_rounds_ask_the_same_count_and_never_more_than_k(budget, steps, interval
     assert oap.query_rounds(types.SimpleNamespace(
         budget=budget, steps=steps, interval=interval, timing=timing)) == rounds
 
-
 def test_divergence_is_the_sum_of_squares():
     assert oap.divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).tolist() == [5.0]
-
 
 @pytest.mark.parametrize("asked, count, expected", [
     ([0, 0, 0, 0, 0], 2, [3, 1]),
@@ -193,7 +176,6 @@ def test_select_queries(asked, count, expected):
     ranking = torch.tensor([1.0, 7.0, 5.0, 9.0, 5.0])
     assert oap.select_queries(ranking, torch.tensor(asked, dtype=bool), count).tolist() == expected
 
-
 def test_ranknet_loss_and_its_symmetries():
     score = lambda s, a: a.squeeze(-1)  # noqa: E731
     s, a, pi = torch.zeros(2, 1), torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [1.0]])
@@ -205,12 +187,10 @@ def test_ranknet_loss_and_its_symmetries():
     assert oap.ranknet_loss(score, s, a, a, p).item() == pytest.approx(math.log(2))
     assert oap.pseudo_query(score, s, a, a).all()  # a tie keeps the data's action
 
-
 def test_ranknet_has_the_papers_widths_and_dropout():
     layers = list(oap.RankNet(3, 2).net)
     assert [(x.in_features, x.out_features) for x in layers[::3]] == [(5, 512), (512, 256), (256, 1)]
     assert [x.p for x in layers if isinstance(x, nn.Dropout)] == [0.5, 0.5]
-
 
 class Larger(nn.Module):
     """Finds the larger action better, whatever it learns."""
@@ -221,7 +201,6 @@ class Larger(nn.Module):
 
     def forward(self, s, a):
         return a.sum(-1) + 0 * self.weight
-
 
 @pytest.mark.parametrize("ranknet", [None, Larger()])
 def test_rounds_equal_a_slow_and_obvious_version(ranknet):
@@ -257,7 +236,6 @@ def test_rounds_equal_a_slow_and_obvious_version(ranknet):
     with pytest.raises(RuntimeError, match="48 \\+ 1 queries are over 48"):
         oap_.round(policy, 1)
 
-
 def test_no_questions_and_no_epochs_change_nothing():
     box = oap.BlackBox(5, q=lambda s, a: a[:, 0])
     for count, epochs in ((0, 3), (5, 0)):
@@ -267,7 +245,6 @@ def test_no_questions_and_no_epochs_change_nothing():
         assert all(torch.equal(x, before[k]) for k, x in oap_.ranknet.state_dict().items())
         assert oap_.asked.sum() == count
     assert torch.equal(oap_.preferred[oap_.asked].abs(), oap_.preferred[oap_.asked])
-
 
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
 def test_ranknet_learns_answers_about_states_of_any_scale(algo):
@@ -288,9 +265,7 @@ def test_ranknet_learns_answers_about_states_of_any_scale(algo):
     oap_.round(policy, 1500)
     assert oap_.audit(policy)["ranknet_accuracy"] > 0.9
 
-
 # ----------------------------------------------------------------------------------------- networks
-
 
 def test_polyak():
     net, target = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -298,15 +273,12 @@ def test_polyak():
     oap.polyak_update(target, net, 0.1)
     assert torch.allclose(target.weight, expected)
 
-
 def test_moments_of_millions_of_large_numbers():
     state = (torch.arange(2_000_000) % 2 * 2.0 - 1 + 4_000_000)[:, None]
     mean, std = oap.moments(state)
     assert mean.item() == 4_000_000 and std.item() == pytest.approx(1.001)
 
-
 # ----------------------------------------------------------------------------------- TD3+BC and IQL
-
 
 def test_eq_6_by_hand():
     pi, preferred = torch.tensor([[0.5, 0.0], [-0.5, 1.0]]), torch.tensor([[0.5, 1.0], [0.0, 1.0]])
@@ -315,23 +287,19 @@ def test_eq_6_by_hand():
     assert loss == pytest.approx(-2.5 / 3 * 1 + 1.25 / 4)
     assert oap.td3bc_actor_loss(pi, q, preferred, 0.0).item() == 1.25 / 4  # behaviour cloning
 
-
 def test_expectile_and_weights_by_hand():
     assert oap.expectile_loss(torch.tensor([2.0, -2.0]), 0.7).item() == pytest.approx(
         (0.7 * 2**2 + 0.3 * 2**2) / 2)
     loss = oap.iql_actor_loss(torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 9.0]), 3.0)
     assert loss.item() == pytest.approx((math.exp(1.5) * 1 + 100 * 2) / 2)
 
-
 def plain_net(i, o):
     return nn.Sequential(
         nn.Linear(i, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, o)).double()
 
-
 def copy_into(net, other):
     for p, q in zip(net.parameters(), other.parameters(), strict=True):
         p.data.copy_(q.data)
-
 
 def make_agent(algo, updates, *argv, dtype=torch.float64):
     args = make_args(f"--algo={algo}", "--dataset=x", *argv)
@@ -340,24 +308,20 @@ def make_agent(algo, updates, *argv, dtype=torch.float64):
         (agent.actor, agent.critic) if algo == "td3bc" else (agent.actor, agent.critic, agent.value))]
     return agent
 
-
 def step(optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-
 
 def polyak(*pairs):
     for net, target in pairs:
         for p, pt in zip(net.parameters(), target.parameters(), strict=True):
             pt.data.copy_(0.005 * p.data + 0.995 * pt.data)
 
-
 def assert_equal(*pairs):
     for ours, theirs in pairs:
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(p, q, rtol=0, atol=1e-10), (p - q).abs().max()
-
 
 def test_td3bc_updates_equal_the_published_algorithm():
     rng, agent = torch.Generator().manual_seed(2), make_agent("td3bc", math.inf)
@@ -388,7 +352,6 @@ def test_td3bc_updates_equal_the_published_algorithm():
         agent.update(b, t % 2 == 0)
     assert_equal((agent.actor, actor), (agent.critic.q1, q1), (agent.critic.q2, q2),
                  (agent.actor_target, actor_t), (agent.critic_target.q2, q2_t))
-
 
 @pytest.mark.parametrize("updates", [20, math.inf])
 def test_iql_updates_equal_the_published_algorithm(updates):
@@ -423,7 +386,6 @@ def test_iql_updates_equal_the_published_algorithm(updates):
                  (agent.actor.net, mean))
     assert torch.allclose(agent.actor.log_std, log_std, rtol=0, atol=1e-10)
 
-
 def test_iql_has_dropout_in_the_actor_s_loss_alone():
     agent = make_agent("iql", math.inf, "--iql-dropout=0.5")
     b = batch_of(torch.Generator().manual_seed(0))
@@ -436,7 +398,6 @@ def test_iql_has_dropout_in_the_actor_s_loss_alone():
         other.update(b, True)
     assert not torch.equal(agent.actor.net[0].weight, twin.actor.net[0].weight)
     assert torch.equal(agent.critic.q1[0].weight, twin.critic.q1[0].weight)
-
 
 class Recorder(TorchDispatchMode):
     """What a CUDA graph keeps: the operations, with their inputs and outputs in memory."""
@@ -457,7 +418,6 @@ class Recorder(TorchDispatchMode):
                 if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() != (
                         new.untyped_storage().data_ptr()):  # else a view, or changed in place
                     old.copy_(new)
-
 
 def trained(algo, replayed):
     """Parameters after 46 updates, in which the data, ã and (IQL) the learning rate change."""
@@ -482,7 +442,6 @@ def trained(algo, replayed):
             recorders[t % 2 == 1].replay()
     return torch.cat([p.flatten() for p in agent.parameters()])
 
-
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
 def test_a_replayed_update_equals_an_eager_one(algo, monkeypatch):
     """As far as a CPU can tell what a CUDA graph would do (FACTS.md 8)."""
@@ -498,7 +457,6 @@ def test_a_replayed_update_equals_an_eager_one(algo, monkeypatch):
     monkeypatch.setattr(oap.Data, "sample", baked)
     assert torch.equal(eager, trained(algo, replayed=False))
     assert not torch.equal(eager, trained(algo, replayed=True))
-
 
 def test_a_graph_warms_up_records_without_running_and_replays(monkeypatch):
     counts, recording = {"run": 0, "recorded": 0, "replayed": 0}, []
@@ -524,9 +482,7 @@ def test_a_graph_warms_up_records_without_running_and_replays(monkeypatch):
     assert all(replay(t % 2 == 0) == {"delayed": t % 2 == 0} for t in range(20))
     assert counts == {"run": 6, "recorded": 2, "replayed": 14}
 
-
 # -------------------------------------------------------------------------- files and black boxes
-
 
 def test_a_black_box_counts_refuses_and_audits_do_not_count():
     seen = []
@@ -544,7 +500,6 @@ def test_a_black_box_counts_refuses_and_audits_do_not_count():
     with pytest.raises(oap.BadInput, match="finite numbers"):
         oap.BlackBox(5, q=lambda s, a: s[:, 0] * math.nan)(state, action, action)
 
-
 def sb3_zip(path, *nets, **data):
     weights = {f"critic.qf{i}.{k}": v for i, net in enumerate(nets) for k, v in net.state_dict().items()}
     torch.save(weights | {"actor.mu.weight": torch.zeros(1), "critic_target.qf0.0.weight":
@@ -554,13 +509,11 @@ def sb3_zip(path, *nets, **data):
         archive.writestr("policy.pth", buffer.getvalue())
     return str(path)
 
-
 def serialized(kind):
     import base64
     import pickle
 
     return {":serialized:": base64.b64encode(pickle.dumps(np.zeros(3, kind))).decode()}
-
 
 def test_black_boxes_from_files(tmp_path, files, monkeypatch):
     env = oap.make_env("Point-v0")
@@ -583,7 +536,6 @@ def test_black_boxes_from_files(tmp_path, files, monkeypatch):
     state, best = torch.tensor([[10.0, 1000 * -0.15]]), torch.zeros(1, 1)  # in [-1, 1]: 0.5 of its own
     assert box(state, best, best + 0.1).item() and not box(state, best + 0.1, best).item()
     assert about == {"expert_sha256": oap.sha256(files / "mine.py")}
-
 
 def test_files_that_are_no_black_boxes(tmp_path, files):
     class Pickled:
@@ -614,7 +566,6 @@ def test_files_that_are_no_black_boxes(tmp_path, files):
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
 
-
 def test_no_file_is_half_written(tmp_path, monkeypatch):
     path = tmp_path / "file"
     oap.write(path, b"old")
@@ -629,9 +580,7 @@ def test_no_file_is_half_written(tmp_path, monkeypatch):
         oap.write(path, b"new content")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
-
 # ------------------------------------------------------------------------------------- environments
-
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_one_step_equals_the_original_simulator(path):
@@ -654,7 +603,6 @@ def test_one_step_equals_the_original_simulator(path):
     assert np.abs(reward - rows["reward"]).max() <= 1e-9
     assert np.array_equal(terminal, rows["terminal"].astype(bool))
 
-
 def test_old_capsules():
     hopper, cheetah = (oap.make_env(f"{name}-medium-v2").unwrapped.model
                        for name in ("hopper", "halfcheetah"))
@@ -665,7 +613,6 @@ def test_old_capsules():
     assert cheetah.body_mass.sum() == pytest.approx(14)
     stock = oap.make_env("Hopper-v4").unwrapped.model  # a Gymnasium id is left as it is
     assert stock.body_mass.sum() / hopper.body_mass.sum() == pytest.approx(1.036, abs=1e-3)
-
 
 @pytest.mark.parametrize("maze, cell", [
     ("umaze", (0, 8)), ("medium-play", (20, 20)), ("large-diverse", (32, 24))])
@@ -678,7 +625,6 @@ def test_antmaze_start_goal_and_success(maze, cell):
     assert goals.min() >= 0 and goals.max() <= 1.5 and abs(goals.mean() - 0.75) < 0.06
     env.goal = env.unwrapped.data.qpos[:2].copy()
     assert env.step(np.zeros(8))[1:3] == (1.0, True)
-
 
 @needs_shared
 @pytest.mark.parametrize("name, task, original", [
@@ -710,7 +656,6 @@ def test_published_experts_return_what_they_did_in_the_original_stack(name, task
     print(f"\n{name}: {returns.mean():.0f} ± {error:.0f} in {episodes} episodes")
     assert abs(returns.mean() - original) < 3 * error + 0.02 * original
 
-
 class Odd(Point):
     """Whole numbers as its first state, float32 rewards in arrays, and it spoils what it is given."""
 
@@ -722,7 +667,6 @@ class Odd(Point):
         action[:] = 9
         self.shown = np.array([self.x, getattr(self, "broken", 1.0)])
         return self.shown, np.array([reward], np.float32), *others
-
 
 def test_odd_environments_are_seen_as_plain_ones():
     env = oap.Env(gym.wrappers.TimeLimit(Odd(), 20), oap.find_robot("Odd"))
@@ -739,7 +683,6 @@ def test_odd_environments_are_seen_as_plain_ones():
     with pytest.raises(oap.BadInput, match="gave a state"):
         env.step(action)
 
-
 @pytest.mark.parametrize("action, observation, limit", [
     (gym.spaces.Discrete(2), None, 9), (gym.spaces.Box(-np.inf, np.inf, (1,)), None, 9),
     (gym.spaces.Box(np.array([0.0, 1.0]), np.array([1.0, 1.0])), None, 9), (None, None, None),
@@ -754,9 +697,7 @@ def test_environments_that_do_not_fit_are_named_at_once(action, observation, lim
         oap.make_env("Unfit-v0")
     del gym.registry["Unfit-v0"]
 
-
 # --------------------------------------------------------------------------------------------- data
-
 
 def d4rl_rows(raw, horizon):
     """d4rl.qlearning_dataset's loop, written from its description in FACTS.md: a row at a time."""
@@ -772,7 +713,6 @@ def d4rl_rows(raw, horizon):
         rows.append((i, done))
         episode_step += 1
     return rows
-
 
 @pytest.mark.parametrize("seed", range(6))
 def test_datasets_are_read_as_d4rl_does(tmp_path, seed):
@@ -794,7 +734,6 @@ def test_datasets_are_read_as_d4rl_does(tmp_path, seed):
         kept = [np.intersect1d(e, index) for e in np.split(np.arange(n), ends)]
         np.testing.assert_allclose(
             read["returns"], [raw["rewards"][k].sum() for k in kept if len(k)], atol=1e-5)
-
 
 def test_what_networks_see_and_what_the_environment_gave(files, monkeypatch):
     monkeypatch.chdir(files)
@@ -821,7 +760,6 @@ def test_what_networks_see_and_what_the_environment_gave(files, monkeypatch):
     seen = torch.cat([data.sample(1000).action for _ in range(20)])
     assert (seen == 0.5).float().mean().item() == pytest.approx(1 / (n + 1), rel=0.6)
 
-
 def broken_datasets(folder):
     good = point_data(60)
     nan, wide = good["rewards"].copy(), good["actions"] * 1.5
@@ -842,14 +780,12 @@ def broken_datasets(folder):
     (folder / "empty.hdf5").touch()
     return [path.name for path in folder.glob("*.hdf5")] + ["missing.hdf5"]
 
-
 def test_broken_datasets_are_one_line_that_names_them(tmp_path, run, capsys):
     for name in broken_datasets(tmp_path):
         assert run(f"--dataset={tmp_path / name}", "--out=broken") == 2, name
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and name in error, error
     assert not Path("broken").exists()
-
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
@@ -881,7 +817,6 @@ def server(tmp_path, monkeypatch):
     yield server
     server.shutdown()
 
-
 @pytest.mark.parametrize("first", ["whole", "missing", "cut", "html", "other"])
 def test_downloads_are_checked_and_the_mirror_is_tried(server, first):
     server.answers = {"first": first, "mirror": "missing"}
@@ -897,9 +832,7 @@ def test_downloads_are_checked_and_the_mirror_is_tried(server, first):
     server.answers = {}  # from now on nobody is asked
     oap.dataset_file(server.url)
 
-
 # ------------------------------------------------------------------------- evaluation and training
-
 
 def test_evaluation_depends_on_nothing_but_its_seed():
     envs = [oap.make_env("Point-v0") for _ in range(4)]
@@ -908,7 +841,6 @@ def test_evaluation_depends_on_nothing_but_its_seed():
     torch.manual_seed(1), np.random.seed(1)
     assert np.array_equal(first, oap.evaluate(envs, policy, 7, (5, 1))) and first.shape == (7,)
     assert not np.array_equal(first, oap.evaluate(envs, policy, 7, (5, 2)))
-
 
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
 @pytest.mark.parametrize("scheme, steps, interactions, queries", [
@@ -945,7 +877,6 @@ def test_every_scheme_with_both_algorithms(run, algo, scheme, steps, interaction
                                 oap.make_env("Point-v0"), 1, "cpu")  # a run's model is one, too
     assert box.value(torch.zeros(3, 2), torch.zeros(3, 1)).shape == (3,)
 
-
 @pytest.mark.parametrize("argv, name, queries", [
     (["--timing=ft"], "oap-ft", "30"), (["--budget=inf"], "oap-inf", None),
     (["--no-ranknet"], "oap-no-ranknet", "30"), (["--expert=mine:prefer", "--tag=mine"], "oap-mine", "30"),
@@ -957,7 +888,6 @@ def test_variants(run, files, monkeypatch, argv, name, queries):
     n = len(oap.load_dataset(files / "point.hdf5", oap.make_env("Point-v0"))[0]["reward"])
     assert rows[-1]["queries"] == (queries or str(2 * n))
 
-
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
 def test_neither_evaluations_nor_audits_feed_learning(run, algo):
     models = []
@@ -967,7 +897,6 @@ def test_neither_evaluations_nor_audits_feed_learning(run, algo):
     for key, value in models[0].items():
         assert torch.equal(value, models[1][key]) and torch.equal(value, models[2][key])
 
-
 def test_only_one_phase_has_iql_s_decay(run, monkeypatch):
     seen = []
     update = oap.IQL.update
@@ -976,7 +905,6 @@ def test_only_one_phase_has_iql_s_decay(run, monkeypatch):
     for scheme, updates in (("offline", 40), ("oap", math.inf), ("o2o", math.inf)):
         assert run(f"--scheme={scheme}", "--algo=iql", "--out=decay") == 0 and set(seen) == {updates}
         seen.clear()
-
 
 def test_a_finished_run_is_left_alone_and_not_mistaken_for_another(run, files, capsys, tmp_path):
     (tmp_path / "copy.hdf5").write_bytes((files / "point.hdf5").read_bytes())
@@ -992,14 +920,12 @@ def test_a_finished_run_is_left_alone_and_not_mistaken_for_another(run, files, c
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
-
 def test_a_folder_is_trained_in_by_one_process(run, capsys):
     lock = oap.claim(Path("locked/Point-v0/td3bc-oap/0"), {})
     assert run("--out=locked") == 2 and "another process trains in" in capsys.readouterr().err
     lock.close()
     Path("locked/Point-v0/td3bc-oap/0/config.json").write_text("{")
     assert run("--out=locked") == 2 and "rm -r" in capsys.readouterr().err
-
 
 def forked(argv, kill_after=None):
     """The exit code of oap.main(argv) in a child process, killed some time after its checkpoint."""
@@ -1011,7 +937,6 @@ def forked(argv, kill_after=None):
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
 
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
 @pytest.mark.parametrize("scheme", ["offline", "oap", "online"])
@@ -1040,7 +965,6 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(files, monkeypatch, scheme,
     for part in ("actor", "critic"):
         assert all(torch.equal(x, models[1][part][k]) for k, x in models[0][part].items())
 
-
 def test_a_damaged_checkpoint_is_one_line_and_kept(run, capsys, monkeypatch):
     save = oap.save
     monkeypatch.setattr(oap, "save", lambda path, x: save(path, x) if "model" not in path.name else 1 / 0)
@@ -1052,12 +976,10 @@ def test_a_damaged_checkpoint_is_one_line_and_kept(run, capsys, monkeypatch):
     assert run("--out=damaged", "--checkpoint-every=30") == 2
     assert "checkpoint.pt can't be read" in capsys.readouterr().err and path.stat().st_size == size
 
-
 def test_a_diverged_run_stops_with_one_line(run, capsys):
     assert run("--out=diverged", "--lr=1e12") == 2
     error = capsys.readouterr().err
     assert "diverged by update 20" in error and error.count("\n") == 1
-
 
 def test_weights_and_biases_if_installed(run, monkeypatch):
     logged, fake = [], types.ModuleType("wandb")
@@ -1066,9 +988,7 @@ def test_weights_and_biases_if_installed(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert run("--wandb", "--out=wandb") == 0 and logged == [20, 40, 60]
 
-
 # --------------------------------------------------------------------------------------------- main
-
 
 @pytest.mark.parametrize("argv", [
     ["--env=hopper-meduim-v2"], ["--env=Nothing-v0"], ["--env=nothing:Nothing-v0"], ["--env=Pendulum-v1",
@@ -1087,13 +1007,11 @@ def test_bad_input_is_one_line_and_exit_code_2(run, capsys, argv):
     assert code == 2 and error.startswith("oap.py: ") or "error: " in error
     assert error.count("\n") == 1 and not list(Path().glob("**/*bad*"))
 
-
 def test_a_user_s_own_exception_keeps_its_traceback(run, files, monkeypatch):
     (files / "late.py").write_text("def prefer(s, a, b):\n    return s['oops']\n")
     monkeypatch.syspath_prepend(files)
     with pytest.raises(IndexError):
         run("--expert=late:prefer", "--out=late")
-
 
 def test_the_program_as_a_process(tmp_path, files):
     """The demo, --help where nothing but ASCII prints, an environment of one's own, a closed pipe."""

@@ -12,6 +12,7 @@ losses from the old weights before any step, and batches come from the newest mi
 import argparse
 import copy
 import math
+import os
 import re
 import sys
 import time
@@ -147,6 +148,8 @@ def train(args: argparse.Namespace) -> None:
 def run(work: Callable[[], None]) -> int:
     """A script's work. Returns the exit code: 2, after one line, for what the user can mend."""
     sys.path.append(str(Path.cwd()))  # for environments of one's own
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as oap.py does
     try:
         work()
         return 0
