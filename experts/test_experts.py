@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared"
 sys.path.insert(0, str(HERE))
 import make_data  # noqa: E402
 import train  # noqa: E402
@@ -217,3 +219,34 @@ def test_shipped_black_boxes(path):
     assert value.isfinite().all() and value.std() > 0 and np.isfinite(saved["return"])
     assert saved["mean"].shape == saved["std"].shape == env.observation_space.shape
     assert path.stat().st_size < 1.1e6
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not there")
+@pytest.mark.parametrize("name, task, original", [
+    ("sac-Hopper-v3.zip", "hopper-medium-v2", 2259), ("dapg-pen.npz", "pen-expert-v1", 3077)])
+def test_published_experts_return_what_they_did_in_the_original_stack(name, task, original):
+    """OAP_EPISODES=100 python -m pytest -q -s -k published_experts prints README's figures."""
+    if name.endswith(".npz"):
+        p, rng = dict(np.load(SHARED / "experts" / name)), np.random.default_rng(0)
+
+        def policy(s):
+            x = (s - p["in_shift"]) / (p["in_scale"] + 1e-8)
+            for k in "01":
+                x = np.tanh(x @ p[f"w{k}"].T + p[f"b{k}"])
+            mean = (x @ p["w2"].T + p["b2"]) * p["out_scale"] + p["out_shift"]
+            noise = np.exp(p["log_std"]) * rng.normal(size=mean.shape)
+            return torch.tensor(mean + noise).clamp(-1, 1)
+    else:
+        w = oap.load(SHARED / "experts" / name, "cpu")
+
+        def policy(s):
+            x = torch.as_tensor(s, dtype=torch.float32)
+            for layer in ("latent_pi.0", "latent_pi.2", "mu"):
+                x = F.linear(x if layer == "latent_pi.0" else x.relu(),
+                             w[f"actor.{layer}.weight"], w[f"actor.{layer}.bias"])
+            return x.tanh()
+
+    episodes = int(os.environ.get("OAP_EPISODES", 10))
+    returns = oap.evaluate([oap.make_env(task) for _ in range(10)], policy, episodes, (0,))
+    error = returns.std(ddof=1) / episodes**0.5
+    print(f"\n{name}: {returns.mean():.0f} ± {error:.0f} in {episodes} episodes")
+    assert abs(returns.mean() - original) < 3 * error + 0.02 * original

@@ -131,14 +131,16 @@ def main(argv: list[str] | None = None) -> None:
     envs, act = [oap.make_env(args.env) for _ in range(args.eval_episodes)], torch.no_grad()(
         lambda x: agent.actor(torch.as_tensor(x, dtype=torch.float32, device=flags.device)))
     of_evaluation = seconds(lambda _: oap.evaluate(envs, act, args.eval_episodes, (0,)))
-    print(f"\n{'minutes of a run of OAP':<44}" + "".join(f"{x:>16}" for x in speed))
+    print("\nWhat a run of OAP takes, in minutes, scaled up from a few of each. RankNet's training,"
+          f"\n100 epochs in each round, is counted by its steps.\n{'':<36}"
+          + "".join(f"{x:>16}" for x in speed))
     parts = [(f"{updates:,} updates", [updates / x for x in speed.values()])] + [
         (f"{times:,} {name}", [times * one] * len(speed)) for times, name, one in (
-            (updates // args.eval_every, "evaluations (measured: 1)", of_evaluation),
-            (10, f"rounds but RankNet's training (1, {few:,} rows)", of_round),
-            (steps, "steps of RankNet (200)", of_step))]
+            (updates // args.eval_every, "evaluations (from 1)", of_evaluation),
+            (10, f"rounds (from 1, {few:,} rows)", of_round),
+            (steps, "steps of RankNet (from 200)", of_step))]
     for name, spent in parts:
-        print(f"{name:<44}" + "".join(f"{x / 60:8,.1f} ({x / sum(of):5.1%})" for x, of in zip(
+        print(f"{name:<36}" + "".join(f"{x / 60:8,.1f} ({x / sum(of):5.1%})" for x, of in zip(
             spent, zip(*(x for _, x in parts)))))
 
 if __name__ == "__main__":
