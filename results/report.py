@@ -12,7 +12,6 @@ import io
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +21,6 @@ try:
     import matplotlib.pyplot as plt
     import numpy as np
     import pandas as pd
-    from rliable import library, metrics
 
     import oap
 except ImportError as error:
@@ -186,8 +184,19 @@ def bars(ax: plt.Axes, title: str, shown: pd.DataFrame) -> None:
     ax.set_xticks(range(len(shown)), names, rotation=45, ha="right", rotation_mode="anchor")
     ax.set(title=title, ylabel="normalised score")
 
+def aggregates(scores: np.ndarray) -> np.ndarray:
+    """Median, interquartile mean, mean and optimality gap (..., 4) of scores (..., seeds, tasks).
+
+    As Agarwal et al. (2021, "Deep RL at the Edge of the Statistical Precipice") define them.
+    """
+    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), -1)
+    quarter = flat.shape[-1] // 4
+    middle = flat[..., quarter : flat.shape[-1] - quarter]
+    return np.stack([np.median(scores.mean(-2), -1), middle.mean(-1), flat.mean(-1),
+                     1 - np.minimum(flat, 1).mean(-1)], -1)
+
 def figure_3(runs: pd.DataFrame) -> tuple | None:
-    """rliable's four aggregates over the tasks that every scheme has run."""
+    """Four aggregates over the tasks that every scheme has run, with bootstrap intervals."""
     runs = runs[runs.label.isin(oap.SCHEMES)]
     grid = runs.pivot(index=["label", "seed"], columns="task", values="score") / 100
     grid = grid.loc[:, grid.notna().groupby("label").any().all()].dropna()
@@ -195,11 +204,12 @@ def figure_3(runs: pd.DataFrame) -> tuple | None:
               for x in ordered(grid.index.get_level_values("label"))}
     if len(scores) < 2 or grid.empty:
         return None
-    names = {"median": metrics.aggregate_median, "IQM": metrics.aggregate_iqm,
-             "mean": metrics.aggregate_mean, "optimality gap": metrics.aggregate_optimality_gap}
-    points, intervals = library.get_interval_estimates(
-        scores, lambda x: np.array([f(x) for f in names.values()]), reps=2000,
-        random_state=np.random.RandomState(0))
+    names, points, intervals = ("median", "IQM", "mean", "optimality gap"), {}, {}
+    for label, x in scores.items():  # seeds are drawn anew for each task: the tasks are strata
+        drawn = np.random.default_rng(0).integers(len(x), size=(2000, *x.shape))
+        points[label] = aggregates(x)
+        intervals[label] = np.percentile(aggregates(np.take_along_axis(x[None], drawn, 1)), (
+            2.5, 97.5), axis=0)
     figure, axes = plt.subplots(1, len(names), sharey=True, layout="constrained",
                                 figsize=(11, 1.2 + 0.35 * len(scores)))
     for i, (ax, name) in enumerate(zip(axes, names)):
@@ -319,7 +329,6 @@ def main(argv: list[str] | None = None) -> None:
                         help="where report.md and its pictures go (default: runs/report)")
     args = parser.parse_args(argv)
     plt.switch_backend("Agg")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="arch")  # rliable's calls
     try:
         print(report(args.runs, args.out), flush=True)
     except BrokenPipeError:  # nobody reads the lines; the files are written

@@ -116,7 +116,7 @@ def test_nothing_to_report_is_one_line_and_exit_code_2(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert (stop.value.code, out, err.count("\n")) == (2, "", 1) and name in err
     assert not (tmp_path / "out").exists()
-    # -S: without any installed package, as without rliable.
+    # -S: without any installed package.
     done = subprocess.run([sys.executable, "-S", RESULTS / "report.py", tmp_path],
                           capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
