@@ -4,7 +4,6 @@ Yang et al., "Boosting Offline Reinforcement Learning with Action Preference Que
 
     python oap.py                                          # a demo: no download, two minutes
     python oap.py --scheme oap --env pen-human-v1          # the method; it asks experts/pen.pt
-    python oap.py --scheme offline --env pen-human-v1      # what it is compared with
 
 OAP improves an offline policy without touching the environment. Every M_inter updates it asks a
 black box (an expert's Q) which action is better in a state s of the dataset D: the recorded a, or
@@ -28,8 +27,8 @@ What the paper leaves open, and what is done here:
 
  1. l_i is summed over the action's dimensions, each in [-1, 1]. π(s) is the deterministic policy;
     for IQL, the Gaussian's mean. Q* is the smaller of the black box's two.
- 2. Where fewer samples than are due were never asked (pen-human has under 5,000 in all), the most
-    divergent others are asked again, about the policy's new action; none twice in a round.
+ 2. Samples never asked come first. If a round needs more (pen-human has under 5,000 in all), the
+    most divergent others are asked again, about the new π(s). None is asked twice in one round.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã does not move between rounds: it is the policy's action as it was when it was preferred.
     Asked samples keep the black box's answer. RankNet answers anew, in each round, for the others.
@@ -39,13 +38,13 @@ What the paper leaves open, and what is done here:
     weight exp(β(Q(s, ã) - V(s))) and in the likelihood. V and Q learn from the data's action.
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
  8. Every round asks K M_inter / N_train samples; the 100k updates after N_train ask nothing.
- 9. IQL's actor has its authors' cosine decay of the learning rate in schemes of one phase, so in
-    `offline`, but not where a second phase follows: the last rounds would hardly act.
-10. Interactions are spread evenly over their phase. Batches are uniform over D and own transitions.
-    Without D, the first 1,000 actions are random. TD3+BC explores with noise, IQL by sampling.
-11. Protocols are the algorithms' authors'. TD3+BC normalises states. IQL scales locomotion's
-    rewards by 1000 / (best - worst return) and clips actions to 1 - 1e-5. AntMaze's rewards are
-    lowered by 1. An evaluation has 10 episodes, each on AntMaze with a goal of its own.
+ 9. IQL's actor has its authors' cosine decay of the learning rate in schemes of one phase only:
+    with a decay, OAP's last rounds would hardly change the policy. So `offline` differs in this.
+10. Interactions are spread evenly over their phase; without D, the first 1,000 come before it, with
+    random actions. TD3+BC explores with noise, IQL by sampling. Batches are uniform over all rows.
+11. TD3+BC normalises states. IQL clips D's actions to 1 - 1e-5 and, but for AntMaze and Adroit,
+    scales rewards by 1000 / (best - worst return). AntMaze's rewards are lowered by 1 for both, as
+    IQL's authors do. An evaluation has 10 episodes, each on AntMaze with a goal of its own.
 """
 
 import argparse
@@ -80,6 +79,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+HERE = Path(__file__).resolve().parent
+
 # ---------------------------------------------------------------------------- schemes and arguments
 
 class Scheme(NamedTuple):
@@ -102,7 +103,7 @@ PER_DOMAIN = {  # defaults: Table 5's, and choice 11's
 }
 
 class BadInput(ValueError):
-    """A mistake that the user can mend: `main` prints it as one line and returns 2."""
+    """A mistake that the user can correct: `main` prints it as one line and returns 2."""
 
 def check(right: bool, problem: str) -> None:
     if not right:
@@ -119,11 +120,11 @@ def blame(what: str, *errors: type[Exception]):
 
 def number(low: float, kind: type = float, high: float = 1e15) -> Callable[[str], float]:
     """An argparse type: a number in [low, high]. A whole one may be written as 1e6."""
-    def number(text: str) -> float:
+    def parse(text: str) -> float:
         if not low <= float(text) <= high or kind(float(text)) != float(text):
             raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} of {low:g} to {high:g}")
         return kind(float(text))
-    return number
+    return parse
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, with every default in its place. Raises BadInput or exits as argparse does."""
@@ -131,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage=argparse.SUPPRESS, allow_abbrev=False,  # without usage, an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, switch, derived = parser.add_argument, argparse.BooleanOptionalAction, argparse.SUPPRESS
-    count, whole, positive, share = number(1, int), number(0, int), number(0), number(0, high=1)
+    count, whole, least0, share = number(1, int), number(0, int), number(0), number(0, high=1)
     add("--scheme", choices=SCHEMES, default="oap", help="Table 1's training schemes")
     add("--env", default="pen-human-v1", help="D4RL task, or a Gymnasium id with --dataset")
     add("--algo", choices=ALGORITHMS, default="td3bc", help="offline RL algorithm")
@@ -140,9 +141,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert", default=derived, help="see load_black_box; default: experts/ROBOT.pt")
     add("--out", default="runs", help="folder of all runs")
     add("--tag", default="", help="appended to the name of the run's folder")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="TF32")
-    add("--cuda-graph", action=switch, default=False, help="updates from CUDA graphs; untried")
+    add("--cuda-graph", action=switch, default=False, help="not yet run on a GPU")
     add("--checkpoint-every", type=count, default=20_000, help="updates between checkpoints")
     add("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
@@ -152,23 +153,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timing", choices=("interval", "ft"), default=derived, help="Figure 7; default: scheme's")
     add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/ RN) has none")
     add("--ranknet-epochs", type=whole, default=100, help="over D_q, in each round")
-    add("--audit", action=switch, default=False, help="measure RankNet, Eq. 7 and Figure 6")
+    add("--audit", action=switch, default=False, help="RankNet, Eq. 7, Figure 6; no queries")
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
     add("--eval-episodes", type=count, default=10, help="per evaluation")
     add("--normalize", action=switch, default=derived, help="states; default: for td3bc")
-    add("--reward-scale", action=switch, default=derived, help="default: for iql on locomotion")
+    add("--reward-scale", action=switch, default=derived, help="choice 11; default: for iql")
     add("--reward-shift", type=number(-1e15), default=derived, help="default: 0; AntMaze -1")
     add("--batch-size", type=count, default=256, help="samples per update")
-    add("--lr", type=positive, default=3e-4, help="Adam's learning rate, of every network")
+    add("--lr", type=least0, default=3e-4, help="Adam's learning rate, of every network")
     add("--discount", type=share, default=0.99, help="gamma")
     add("--polyak", type=share, default=0.005, help="update rate of target networks")
-    add("--random-steps", type=whole, default=1_000, help="at first, without D")
-    add("--td3bc-alpha", type=positive, default=derived, help="lambda; default: 2.5; Adroit 0.1")
-    add("--policy-noise", type=positive, default=0.2, help="of the target policy")
-    add("--noise-clip", type=positive, default=0.5, help="its bound")
+    add("--random-steps", type=count, default=1_000, help="at first, without D")
+    add("--td3bc-alpha", type=least0, default=derived, help="lambda; default: 2.5; Adroit 0.1")
+    add("--policy-noise", type=least0, default=0.2, help="of the target policy")
+    add("--noise-clip", type=least0, default=0.5, help="bound of --policy-noise")
     add("--policy-delay", type=count, default=2, help="critic updates per update of the actor")
-    add("--exploration-noise", type=positive, default=0.1, help="when interacting")
-    add("--iql-beta", type=positive, default=derived, help="default: 3; AntMaze 10; Adroit 0.5")
+    add("--exploration-noise", type=least0, default=0.1, help="when interacting")
+    add("--iql-beta", type=least0, default=derived, help="default: 3; AntMaze 10; Adroit 0.5")
     add("--iql-expectile", type=share, default=derived, help="default: 0.7; AntMaze 0.9")
     add("--iql-dropout", type=number(0, high=0.99), default=derived, help="default: 0; Adroit 0.1")
     args = parser.parse_args(argv)
@@ -181,7 +182,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "expert": str(HERE / "experts" / f"{robot.name}.pt"), **vars(args)})
     asks, interacts = scheme.spends == "queries", scheme.spends == "interactions"
     check(not scheme.data or args.dataset or robot in ROBOTS,
-          f"--env {args.env} is none of D4RL's tasks, so it needs --dataset FILE")
+          f"--env {args.env} is no task of the paper's robots: it needs --dataset FILE")
     check(args.timing != "ft" or scheme.finetune, f"--timing ft: {args.scheme} has one phase")
     check(not interacts or args.budget % 1 == 0, "--budget: interactions need a whole number")
     check(not asks or max(query_rounds(args).values(), default=0) >= 1,
@@ -207,9 +208,9 @@ def divergence(action: Tensor, policy_action: Tensor) -> Tensor:
     """The ranking criterion l_i = (π(s_i) - a_i)²: (N, A), (N, A) -> (N,)."""
     return ((policy_action - action) ** 2).sum(-1)
 
-def select_queries(divergence: Tensor, asked: Tensor, count: int) -> Tensor:
+def select_queries(ranking: Tensor, asked: Tensor, count: int) -> Tensor:
     """Indices (count,) of samples, never asked first (Table 5), then the most divergent."""
-    order = divergence.argsort(descending=True, stable=True)  # (N,)
+    order = ranking.argsort(descending=True, stable=True)  # (N,)
     return order[asked[order].byte().argsort(stable=True)][:count]
 
 class RankNet(nn.Module):
@@ -229,7 +230,7 @@ def ranknet_loss(ranknet: nn.Module, state: Tensor, action: Tensor, policy_actio
     return F.binary_cross_entropy_with_logits(o, prefers_data.to(o.dtype))
 
 def pseudo_query(ranknet: nn.Module, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
-    """Eq. 4: (B,) bools, does RankNet find `action` at least as good as `other`?"""
+    """Eq. 4: does RankNet find `action` at least as good as `other`? (B,) bools."""
     return ranknet(state, action) >= ranknet(state, other)
 
 class OAP(nn.Module):
@@ -240,22 +241,24 @@ class OAP(nn.Module):
     black box take; RankNet is any module f(state, action) -> (B,), of normalised states, or None.
     """
 
-    def __init__(self, state: Tensor, action: Tensor, black_box, ranknet: nn.Module | None,
-                 epochs: int = 100, lr: float = 3e-4, batch_size: int = 256):
+    def __init__(self, state: Tensor, action: Tensor, black_box: "BlackBox",
+                 ranknet: nn.Module | None, epochs: int = 100, lr: float = 3e-4,
+                 batch_size: int = 256):
         super().__init__()
         self.state, self.action, self.black_box, self.ranknet = state, action, black_box, ranknet
-        self.mean, self.std = moments(state)
+        mean, std = moments(state)
+        self.normalized = (state - mean) / std  # (N, O), what RankNet sees
         self.epochs, self.batch_size = epochs, batch_size
         self.optimizers = [] if ranknet is None else [adam(ranknet, lr)]
         self.register_buffer("preferred", action.clone())  # ã_i = a_i
-        # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows of D that were asked, with the last answer:
-        # what is asked again was asked when nothing was left for RankNet to answer.
+        # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are D's rows that were asked, each with its last answer.
+        # One is asked again only when all were asked, and RankNet has nothing left to answer.
         self.register_buffer("asked", torch.zeros_like(action[:, 0], dtype=torch.bool))  # (N,)
         self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A) π^k(s_k)
         self.register_buffer("prefers_data", torch.zeros_like(self.asked))  # (N,) is ã_k = a_k?
 
     def round(self, policy: Callable[[Tensor], Tensor], count: int) -> dict[str, float]:
-        """The body of Algorithm 1's "if": asks about `count` samples and sets ã. For the log."""
+        """The body of Algorithm 1's "if": asks about `count` samples, sets ã, returns a log."""
         pi = in_chunks(policy, self.state)  # (N, A)
         ranking = divergence(self.action, pi)  # (N,)
         chosen = select_queries(ranking, self.asked, count)  # (k,)
@@ -275,8 +278,8 @@ class OAP(nn.Module):
 
     def train_ranknet(self) -> float:
         """Descends Eq. 3 for `epochs` over D_q. Returns the mean loss of the last one, in nats."""
-        queries = [x[self.asked] for x in ((self.state - self.mean) / self.std, self.action,
-                                           self.policy_action, self.prefers_data)]
+        queries = [x[self.asked] for x in (
+            self.normalized, self.action, self.policy_action, self.prefers_data)]
         losses = [torch.tensor(math.nan)]
         self.ranknet.train()  # with dropout
         for _ in range(self.epochs):
@@ -289,7 +292,7 @@ class OAP(nn.Module):
 
     def pseudo_queries(self, index: Tensor, pi: Tensor) -> Tensor:
         return in_chunks(lambda i: pseudo_query(
-            self.ranknet, (self.state[i] - self.mean) / self.std, self.action[i], pi[i]), index)
+            self.ranknet, self.normalized[i], self.action[i], pi[i]), index)
 
     def value_gain(self, rows: Tensor | slice) -> float:
         """The mean of Q*(s, ã) - Q*(s, a) over rows of D; Eq. 7 over all. It costs no query."""
@@ -297,7 +300,7 @@ class OAP(nn.Module):
         return (q(s, self.preferred[rows]) - q(s, self.action[rows])).mean().item()
 
     def audit(self, policy: Callable[[Tensor], Tensor], samples: int = 10_000) -> dict[str, float]:
-        """Eq. 7, and RankNet's accuracy on samples never asked; what learns must not hear of it."""
+        """Eq. 7, and RankNet's accuracy on samples never asked. None of this may reach training."""
         log = {"improvement": self.value_gain(slice(None))}
         rest = (~self.asked).nonzero().squeeze(1)
         if len(rest) and self.ranknet is not None:
@@ -385,7 +388,7 @@ class Batch(NamedTuple):
     reward: Tensor  # (B,)
     next_state: Tensor  # (B, O)
     done: Tensor  # (B,): 1 after a terminal state; 0 otherwise, and after a timeout
-    preferred: Tensor  # (B, A): ã, where the policy constraint pulls; a itself but for OAP
+    preferred: Tensor  # (B, A): ã, where the policy constraint pulls; equal to a, but under OAP
 
 def bellman_loss(q: Tensor, target: Tensor) -> Tensor:
     """The squared errors of both Q (B, 2) to a target (B,)."""
@@ -398,7 +401,7 @@ def td3bc_actor_loss(pi: Tensor, q: Tensor, preferred: Tensor, alpha: float) -> 
 class TD3BC(nn.Module):
     """TD3+BC (Fujimoto & Gu 2021)."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace):
         super().__init__()
         self.args, self.actor = args, Actor(state_dim, action_dim)
         self.critic = Critic(state_dim, action_dim)
@@ -438,12 +441,11 @@ def iql_actor_loss(log_prob: Tensor, advantage: Tensor, beta: float) -> Tensor:
     return -((beta * advantage).exp().clamp(max=100) * log_prob).mean()
 
 class IQL(nn.Module):
-    """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q. The
-    actor's learning rate has a cosine decay over `updates`; none if they are inf."""
+    """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace, updates: float):
+    def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace):
         super().__init__()
-        self.args, self.updates = args, updates
+        self.args, self.t_max = args, math.inf if SCHEMES[args.scheme].finetune else args.steps
         self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout)
         self.critic, self.value = Critic(state_dim, action_dim), mlp(state_dim, 256, 256, 1)
         self.critic_target = copy.deepcopy(self.critic)
@@ -455,7 +457,7 @@ class IQL(nn.Module):
         return self.actor.distribution(state).sample().clamp(-1, 1)
 
     def update(self, batch: Batch, delayed: bool) -> dict[str, Tensor]:
-        """One update of all networks; `delayed` is TD3's."""
+        """One update of all networks; `delayed` is TD3's, and ignored."""
         s, a, r, s2, done, preferred = batch
         args, (actor_opt, critic_opt, value_opt) = self.args, self.optimizers
         with torch.no_grad():
@@ -466,8 +468,8 @@ class IQL(nn.Module):
         with torch.no_grad():
             advantage = q_preferred - self.value(s).squeeze(-1)
             target = r + args.discount * (1 - done) * self.value(s2).squeeze(-1)
-        decay = (1 + torch.cos(self.t * (math.pi / self.updates))) / 2
-        actor_opt.param_groups[0]["lr"].copy_(args.lr * decay)
+        decay = (1 + torch.cos(self.t * (math.pi / self.t_max))) / 2
+        actor_opt.param_groups[0]["lr"].copy_(args.lr * decay)  # choice 9
         log_prob = self.actor.train().distribution(s).log_prob(preferred).sum(-1)  # with dropout
         self.actor.eval()
         actor_loss = descend(actor_opt, iql_actor_loss(log_prob, advantage, args.iql_beta))
@@ -479,8 +481,6 @@ class IQL(nn.Module):
 ALGORITHMS = {"td3bc": TD3BC, "iql": IQL}
 
 # -------------------------------------------------------------------------- files and black boxes
-
-HERE = Path(__file__).resolve().parent
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and then renames it: none is ever half written."""
@@ -547,16 +547,17 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
     `spec` is a model.pt of this program's, a Stable-Baselines3 SAC or TD3 zip, or the name
     "module:function" of a prefer(states, a, b) that gets the environment's own actions.
     """
-    module, _, name = spec.rpartition(":")
-    if module.isidentifier() and (found := importlib.util.find_spec(module)):
-        function, raw = getattr(importlib.import_module(module), name), env.raw_action
+    module, colon, name = spec.rpartition(":")
+    if colon and not Path(spec).is_file():
+        with blame(f"black box {spec}", ModuleNotFoundError):
+            found, raw = importlib.import_module(module), env.raw_action
+        check(callable(function := getattr(found, name, None)), f"black box {spec}: no function")
         box = BlackBox(budget, prefer=lambda s, a, b: function(s, raw(a), raw(b)))
-        return box, {"expert_sha256": sha256(found.origin)}
+        return box, {"expert_sha256": f"{sha256(found.__file__)} {name}"}
     check(Path(spec).is_file(), f"no black box {spec}: --expert names one; see experts/README.md")
-    saved, networks, sb3 = load(spec, device), {}, {}
+    saved, networks = load(spec, device), {}
     with zipfile.ZipFile(spec) as archive:
-        if "policy.pth" in archive.namelist():
-            sb3 = json.loads(archive.read("data"))
+        sb3 = json.loads(archive.read("data")) if "policy.pth" in archive.namelist() else {}
     for key, x in saved.get("critic", saved).items():  # weights and biases of each Q, in order
         key = key.removeprefix("critic.")
         if key.startswith("q") and isinstance(x, Tensor):
@@ -648,12 +649,13 @@ def write_ant_maze(maze: str, path: str) -> None:
 
 class Env(gym.Wrapper):
     """What this program sees of an environment: actions in [-1, 1]; states and rewards that are
-    finite floats and its own; and D4RL's starts, goals, rewards and ends where they differ."""
+    finite floats, and copies; and D4RL's starts, goals, rewards and ends where they differ."""
 
     def __init__(self, env: gym.Env, robot: Robot):
         super().__init__(env)
         low, high = env.action_space.low.astype(float), env.action_space.high.astype(float)
         self.robot, self.middle, self.half = robot, (high + low) / 2, (high - low) / 2
+        self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape)
 
     def raw_action(self, action: np.ndarray) -> np.ndarray:
         """(..., A) in [-1, 1] -> the environment's own."""
@@ -695,7 +697,6 @@ def make_env(name: str) -> Env:
         warnings.simplefilter("ignore")
         if robot.domain == "adroit":
             import gymnasium_robotics
-
             gym.register_envs(gymnasium_robotics)
         if robot.maze:
             write_ant_maze(robot.maze, f"{folder}/ant_maze.xml")
@@ -706,7 +707,7 @@ def make_env(name: str) -> Env:
             env = gym.make(robot.gym_id, disable_env_checker=True, **options)
         if robot in ROBOTS:
             model = env.unwrapped.model
-            if robot.domain != "adroit":  # whose capsules are all in bodies with explicit inertias
+            if robot.domain != "adroit":  # whose capsules are in bodies with explicit inertias
                 restore_capsules(model, env.unwrapped.fullpath)
             for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # new collision code
                 model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
@@ -730,7 +731,6 @@ def d4rl_infos(task: str) -> tuple[str, float, float]:
     return tuple(infos[k][task] for k in ("DATASET_URLS", "REF_MIN_SCORE", "REF_MAX_SCORE"))
 
 def checksums() -> str:
-    """The sha256 and names of D4RL's files that this project knows, the paper's among them."""
     path = HERE / "testdata/d4rl.sha256"
     return path.read_text("utf-8") if path.is_file() else ""
 
@@ -853,8 +853,8 @@ COLUMNS = (
     " ranknet_loss ranknet_accuracy unasked_prefer_policy critic_loss actor_loss value_loss seconds"
 ).split()
 SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
-FREE = (  # what leaves a run's numbers alone; of files, the content counts
-    "out", "device", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions")
+FREE = (  # what may change when a run goes on; of files, the content counts
+    "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions")
 
 def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, ...]) -> np.ndarray:
     """Undiscounted returns (episodes,), of raw states (E, O) -> actions (E, A) in [-1, 1]."""
@@ -881,7 +881,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def claim(folder: Path, config: dict) -> io.TextIOBase:
     """Writes config.json, unless another run's is there, and keeps other processes out of the
-    folder as long as the result lives. Raises BadInput."""
+    folder until the returned file is closed. Raises BadInput."""
     folder.mkdir(parents=True, exist_ok=True)
     lock, path, old = (folder / "lock").open("w"), folder / "config.json", config
     try:
@@ -903,7 +903,7 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
     What it reads must stay where it is in memory and be changed in place."""
     graphs, calls = {}, {False: 0, True: 0}
     torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default stream
+    torch.cuda.set_stream(torch.cuda.Stream())  # where PyTorch wants the warm-up to run
 
     def replay(delayed: bool) -> dict[str, Tensor]:
         calls[delayed] += 1
@@ -921,8 +921,8 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
 def train(args: argparse.Namespace) -> Path:
     """Runs a scheme; with --scheme oap, Algorithm 1. Returns the run's folder. Raises BadInput.
 
-    A stopped run goes on from its checkpoint, and ends as if it had not been stopped, but for a new
-    episode where it interacts.
+    A stopped run goes on from its checkpoint, and ends as if it had not been stopped (on a CPU, to
+    the bit), but for a new episode where it interacts.
     """
     scheme, device, folder = SCHEMES[args.scheme], torch.device(args.device), run_folder(args)
     asks, interacts = scheme.spends == "queries", scheme.spends == "interactions"
@@ -941,22 +941,23 @@ def train(args: argparse.Namespace) -> Path:
     data, about_data = load_data(args, envs[0])
     state, action = (x[: data.offline] for x in data.split(data.rows)[:2])  # (N, O), (N, A), raw
     mean, std, dims = data.split(data.shift)[0], data.split(data.scale)[0], data.widths[:2]
-    agent = ALGORITHMS[args.algo](*dims, args, math.inf if scheme.finetune else updates)
+    agent = ALGORITHMS[args.algo](*dims, args)
     learner, optimizers = nn.ModuleDict({"agent": agent}), list(agent.optimizers)
     if asks:
         ranknet = RankNet(*dims).to(device).eval() if args.ranknet else None
         oap = OAP(state, action, black_box, ranknet, args.ranknet_epochs, args.lr)
         learner["oap"], optimizers = oap, optimizers + oap.optimizers
         rounds = {t: int(min(count, len(state))) for t, count in query_rounds(args).items()}
-        data.preferred = oap.preferred
+        data.preferred = oap.preferred  # the same memory, which a round changes in place
         print(f"{len(rounds)} rounds will ask {sum(rounds.values()):,} questions")
     if interacts:
-        env, random_steps, raw = make_env(args.env), 0 if scheme.data else args.random_steps, None
+        env, raw = make_env(args.env), None
+        random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
         start, stop = (args.steps, updates) if args.timing == "ft" else (0, args.steps)
 
     @torch.no_grad()
-    def act(raw: np.ndarray | Tensor, policy: Callable[[Tensor], Tensor] = agent.actor) -> Tensor:
-        return policy((torch.as_tensor(raw, dtype=torch.float32, device=device) - mean) / std)
+    def act(state: np.ndarray | Tensor, policy: Callable[[Tensor], Tensor] = agent.actor) -> Tensor:
+        return policy((torch.as_tensor(state, dtype=torch.float32, device=device) - mean) / std)
 
     def advance(delayed: bool) -> dict[str, Tensor]:
         return agent.update(data.sample(args.batch_size), delayed)  # Eq. 6
@@ -979,36 +980,35 @@ def train(args: argparse.Namespace) -> Path:
         for optimizer, x in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(x)
         if asks:
-            black_box.spent = saved["spent"]
+            black_box.spent = sum(count for t, count in rounds.items() if t <= done)
         if interacts:
             data.append(*data.split(saved["own"]))
         rng.set_rng_state(saved["rng"].cpu())
         print(f"{folder} continues after update {done:,}")
     if args.wandb:
         import wandb
-
         run = wandb.init(project="oap", name=str(folder), config=config)
     advance = graphed(advance) if args.cuda_graph else advance
     low, high = (about_data.get(f"ref_{k}_score", math.nan) for k in ("min", "max"))
     started = time.monotonic() - seconds
 
     for step in tqdm(range(done + 1, updates + 1), initial=done, total=updates, disable=None):
-        # Interact as often as is due by now; without D, first some random actions.
-        while interacts and (n := data.size - data.offline) < max(
-                args.budget * min(max(step - start, 0), stop - start) // (stop - start),
-                min(random_steps, args.budget)):
-            if raw is None:  # a new episode
-                raw, _ = env.reset(seed=hash((args.seed, n)) % 2**31)
-            a = act(raw, agent.explore) if n >= random_steps else (
-                torch.rand(dims[1], device=device) * 2 - 1)
-            next_raw, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
-            data.append(raw, a, reward, next_raw, terminal)
-            raw = None if terminal or truncated else next_raw
+        if interacts:  # as often as is due by now; without D, first some random actions
+            due = args.budget * min(max(step - start, 0), stop - start) // (stop - start)
+            while (n := data.size - data.offline) < max(due, random_steps):
+                if raw is None:  # a new episode, also where a run goes on
+                    raw, _ = env.reset(seed=hash((args.seed, n)) % 2**31)
+                a = act(raw, agent.explore) if n >= random_steps else (
+                    torch.rand(dims[1], device=device) * 2 - 1)
+                next_raw, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
+                data.append(raw, a, reward, next_raw, terminal)
+                raw = None if terminal or truncated else next_raw
 
         losses |= advance(step % args.policy_delay == 0)
 
         asking, evaluating = asks and step in rounds, step % args.eval_every == 0
-        if asking or evaluating:
+        saving = step % args.checkpoint_every == 0
+        if asking or evaluating or saving:
             log |= {name: loss.item() for name, loss in losses.items()}
             check(all(abs(log[name]) < 1e15 for name in losses),  # NaN is not
                   f"{folder} diverged by update {step:,}: {log}")
@@ -1033,12 +1033,12 @@ def train(args: argparse.Namespace) -> Path:
                 run.log(log, step)
             log = {}
 
-        if step % args.checkpoint_every == 0:
+        if saving:
             save(checkpoint, {
                 "step": step, "rows": rows, "log": log, "losses": losses,
                 "learner": learner.state_dict(), "optimizers": [x.state_dict() for x in optimizers],
                 "own": data.rows[data.offline : data.size].clone(), "rng": rng.get_rng_state(),
-                "spent": black_box.spent if asks else 0, "seconds": time.monotonic() - started})
+                "seconds": time.monotonic() - started})
 
     final = {k: float(np.mean([row[k] for row in rows[-10:]])) for k in ("return", "score")}
     if args.audit:  # Figure 6, for samples spread over D
@@ -1061,12 +1061,12 @@ def demo() -> None:
     """OAP and the offline scheme with as many updates, on a small dataset that is shipped."""
     print("A demo on Pendulum, two minutes on two CPU cores: the offline scheme, then OAP.")
     here, models = os.path.relpath(HERE), []
-    common = (f"--env Pendulum-v1 --dataset {here}/testdata/pendulum-medium.hdf5 --batch-size 64"
-              f" --expert {here}/experts/pendulum.pt --eval-every 500 --out runs/demo --scheme ")
-    for flags in ("offline --steps 6000", "oap --steps 5000 --finetune-steps 1000 --interval 1000"
-                  " --budget 1000 --audit"):
-        print(f"python oap.py {common}{flags}")
-        models.append(load(train(parse_args(f"{common}{flags}".split())) / "model.pt", "cpu"))
+    common = ["--env=Pendulum-v1", f"--dataset={here}/testdata/pendulum-medium.hdf5",
+              f"--expert={here}/experts/pendulum.pt", *"--batch-size=64 --eval-every=500".split()]
+    for flags in ("--scheme=offline --steps=6000", "--scheme=oap --steps=5000 --finetune-steps=1000"
+                  " --interval=1000 --budget=1000 --audit"):
+        print("python oap.py", *common, flags)
+        models.append(load(train(parse_args([*common, *flags.split()])) / "model.pt", "cpu"))
     last = [row for row in models[1]["rows"] if "prefers_policy" in row][-1]
     print(f"""
 score of offline                                {models[0]["score"]:9.1f}
@@ -1082,7 +1082,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     sys.path.append(os.getcwd())  # for black boxes and environments of one's own
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more gain little here
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more hardly help
     try:
         train(parse_args(argv)) if argv else demo()
         return 0

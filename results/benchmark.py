@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     for algo, precision in itertools.product(oap.ALGORITHMS, ("highest", "medium")):
         args = oap.parse_args(
             ["--env=halfcheetah-medium-v2", "--algo", algo, "--device", flags.device])
-        agent = oap.ALGORITHMS[algo](STATE, ACTION, args, math.inf)
+        agent = oap.ALGORITHMS[algo](STATE, ACTION, args)
         torch.set_float32_matmul_precision(precision)
 
         def ours(preferred: torch.Tensor | None, delayed: bool, agent=agent) -> dict:
