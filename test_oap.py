@@ -148,9 +148,8 @@ def test_every_flag_is_read(capsys):
 def test_whole_numbers_may_be_written_as_1e6():
     assert make_args("--steps=2e6").steps == 2_000_000
     for bad in ("--steps=1.5", "--steps=0", "--lr=nan", "--discount=1.1", "--steps=many"):
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(SystemExit, match="2"):
             make_args(bad)
-        assert error.value.code == 2
 
 # ----------------------------------------------------------------------------------- OAP, section 3
 
@@ -162,9 +161,6 @@ def test_whole_numbers_may_be_written_as_1e6():
 def test_rounds_ask_the_same_count_and_never_more_than_k(budget, steps, interval, timing, rounds):
     assert oap.query_rounds(types.SimpleNamespace(
         budget=budget, steps=steps, interval=interval, timing=timing)) == rounds
-
-def test_divergence_is_the_sum_of_squares():
-    assert oap.divergence(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).tolist() == [5.0]
 
 @pytest.mark.parametrize("asked, count, expected", [
     ([0, 0, 0, 0, 0], 2, [3, 1]),
@@ -379,7 +375,8 @@ def test_iql_updates_equal_the_published_algorithm(updates):
         with torch.no_grad():
             weight = torch.exp(3 * (q_preferred - v(b.state))).clamp(max=100)
         policy = torch.distributions.Normal(torch.tanh(mean(b.state)), log_std.clamp(-5, 2).exp())
-        actor_opt.param_groups[0]["lr"] = 3e-4 * (1 + math.cos(math.pi * (t - 1) / (updates or math.inf))) / 2
+        decay = (1 + math.cos(math.pi * (t - 1) / (updates or math.inf))) / 2
+        actor_opt.param_groups[0]["lr"] = 3e-4 * decay
         step(actor_opt, -(weight * policy.log_prob(b.preferred).sum(1, keepdim=True)).mean())
         with torch.no_grad():
             y = b.reward[:, None] + 0.99 * (1 - b.done[:, None]) * v(b.next_state)
@@ -464,10 +461,7 @@ def test_a_replayed_update_equals_an_eager_one(algo, monkeypatch):
 
 def test_a_graph_warms_up_records_without_running_and_replays(monkeypatch):
     counts, recording = {"run": 0, "recorded": 0, "replayed": 0}, []
-
-    class Graph:
-        def replay(self):
-            counts["replayed"] += 1
+    replayed = lambda graph: counts.update(replayed=counts["replayed"] + 1)  # noqa: E731
 
     @contextlib.contextmanager
     def record(graph):
@@ -479,8 +473,9 @@ def test_a_graph_warms_up_records_without_running_and_replays(monkeypatch):
         counts["recorded" if recording else "run"] += 1
         return {"delayed": delayed}
 
-    for name, fake in {"Stream": object, "set_stream": id, "synchronize": lambda: None,
-                       "CUDAGraph": Graph, "graph": record}.items():
+    fakes = {"Stream": object, "set_stream": id, "synchronize": lambda: None, "graph": record,
+             "CUDAGraph": type("Graph", (), {"replay": replayed})}
+    for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     replay = oap.graphed(advance)
     assert all(replay(t % 2 == 0) == {"delayed": t % 2 == 0} for t in range(20))
@@ -893,10 +888,9 @@ def test_a_finished_run_is_left_alone_and_not_mistaken_for_another(run, files, c
         assert message in error and error.count("\n") == 1
 
 def test_a_folder_is_trained_in_by_one_process(run, capsys):
-    lock = oap.claim(Path("locked/Point-v0/td3bc-oap/0"), {})
-    assert run("--out=locked") == 2 and "another process trains in" in capsys.readouterr().err
-    lock.close()
-    Path("locked/Point-v0/td3bc-oap/0/config.json").write_text("{")
+    with oap.claim(folder := Path("locked/Point-v0/td3bc-oap/0"), {}):
+        assert run("--out=locked") == 2 and "another process trains" in capsys.readouterr().err
+    (folder / "config.json").write_text("{")
     assert run("--out=locked") == 2 and "rm -r" in capsys.readouterr().err
 
 def forked(argv, kill_after=None):
