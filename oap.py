@@ -215,7 +215,6 @@ def select_queries(ranking: Tensor, asked: Tensor, count: int) -> Tensor:
 
 class RankNet(nn.Module):
     """The ranking function f_r(s, a): "3 MLP layers", with Table 5's widths and dropout."""
-
     def __init__(self, state_dim: int, action_dim: int):
         super().__init__()
         self.net = mlp(state_dim + action_dim, 512, 256, 1, dropout=0.5)
@@ -322,7 +321,6 @@ def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
 
 class Critic(nn.Module):
     """Twin Q(s, a)."""
-
     def __init__(self, state_dim: int, action_dim: int):
         super().__init__()
         self.q1 = mlp(state_dim + action_dim, 256, 256, 1)
@@ -334,7 +332,6 @@ class Critic(nn.Module):
 
 class Actor(nn.Module):
     """TD3's deterministic policy π(s)."""
-
     def __init__(self, state_dim: int, action_dim: int, dropout: float = 0.0):
         super().__init__()
         self.net = mlp(state_dim, 256, 256, action_dim, dropout=dropout)
@@ -344,7 +341,6 @@ class Actor(nn.Module):
 
 class GaussianActor(Actor):
     """IQL's π(a|s): a Gaussian around π(s) whose deviation does not depend on s."""
-
     def __init__(self, state_dim: int, action_dim: int, dropout: float = 0.0):
         super().__init__(state_dim, action_dim, dropout)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -400,7 +396,6 @@ def td3bc_actor_loss(pi: Tensor, q: Tensor, preferred: Tensor, alpha: float) -> 
 
 class TD3BC(nn.Module):
     """TD3+BC (Fujimoto & Gu 2021)."""
-
     def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace):
         super().__init__()
         self.args, self.actor = args, Actor(state_dim, action_dim)
@@ -442,7 +437,6 @@ def iql_actor_loss(log_prob: Tensor, advantage: Tensor, beta: float) -> Tensor:
 
 class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
-
     def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace):
         super().__init__()
         self.args, self.t_max = args, math.inf if SCHEMES[args.scheme].finetune else args.steps
@@ -456,8 +450,7 @@ class IQL(nn.Module):
     def explore(self, state: Tensor) -> Tensor:
         return self.actor.distribution(state).sample().clamp(-1, 1)
 
-    def update(self, batch: Batch, delayed: bool) -> dict[str, Tensor]:
-        """One update of all networks; `delayed` is TD3's, and ignored."""
+    def update(self, batch: Batch, delayed: bool) -> dict[str, Tensor]:  # `delayed` is TD3's
         s, a, r, s2, done, preferred = batch
         args, (actor_opt, critic_opt, value_opt) = self.args, self.optimizers
         with torch.no_grad():
@@ -484,7 +477,7 @@ ALGORITHMS = {"td3bc": TD3BC, "iql": IQL}
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and then renames it: none is ever half written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
         part.replace(path)
@@ -544,45 +537,46 @@ class BlackBox:
 def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[BlackBox, dict]:
     """A black box, and what config.json says of it. Raises BadInput if it does not fit.
 
-    `spec` is a model.pt of this program's, a Stable-Baselines3 SAC or TD3 zip, or the name
-    "module:function" of a prefer(states, a, b) that gets the environment's own actions.
+    `spec` is a model.pt of this program's, a Stable-Baselines3 SAC or TD3 zip, or "module:function"
+    of a function(states, a, b) -> (B,) bools, which gets the environment's own actions.
     """
     module, colon, name = spec.rpartition(":")
     if colon and not Path(spec).is_file():
         with blame(f"black box {spec}", ModuleNotFoundError):
             found, raw = importlib.import_module(module), env.raw_action
-        check(callable(function := getattr(found, name, None)), f"black box {spec}: no function")
+        function, file = getattr(found, name, None), getattr(found, "__file__", None)
+        check(callable(function) and file, f"black box {spec}: there is no such function")
         box = BlackBox(budget, prefer=lambda s, a, b: function(s, raw(a), raw(b)))
-        return box, {"expert_sha256": f"{sha256(found.__file__)} {name}"}
+        return box, {"expert_sha256": f"{sha256(file)} {name}"}
     check(Path(spec).is_file(), f"no black box {spec}: --expert names one; see experts/README.md")
     saved, networks = load(spec, device), {}
-    with zipfile.ZipFile(spec) as archive:
-        sb3 = json.loads(archive.read("data")) if "policy.pth" in archive.namelist() else {}
-    for key, x in saved.get("critic", saved).items():  # weights and biases of each Q, in order
-        key = key.removeprefix("critic.")
-        if key.startswith("q") and isinstance(x, Tensor):
-            networks.setdefault(key.partition(".")[0], []).append(x)
-    width = env.observation_space.shape[0] + env.action_space.shape[0]
-    normalised = {b"f8" in base64.b64decode((sb3.get(k) or {}).get(":serialized:", "")) for k in (
-        "_last_obs", "_last_original_obs")}  # VecNormalize makes float32 of float64
-    activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
     with blame(f"black box {spec}"):
+        with zipfile.ZipFile(spec) as archive:
+            sb3 = json.loads(archive.read("data")) if "policy.pth" in archive.namelist() else {}
+        for key, x in saved.get("critic", saved).items():  # weights and biases of each Q, in order
+            key = key.removeprefix("critic.")
+            if key.startswith("q") and isinstance(x, Tensor):
+                networks.setdefault(key.partition(".")[0], []).append(x)
+        width = env.observation_space.shape[0] + env.action_space.shape[0]
+        seen = [(sb3.get(k) or {}).get(":serialized:", "") for k in (
+            "_last_obs", "_last_original_obs")]  # VecNormalize makes float32 of float64
+        activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
         check(networks, "it has no Q(s, a)")
-        check(len(normalised) < 2, "it lacks the statistics of its VecNormalize")
+        check(len({b"f8" in base64.b64decode(x) for x in seen}) < 2, "its VecNormalize is missing")
         check(activation.endswith(".ReLU'>"), f"{activation} is not ReLU")
         for first, *_, last in networks.values():
-            check(first.shape[1] == width, f"Q takes {first.shape[1]} numbers, but (s, a) {width}")
+            check(first.shape[1] == width, f"Q takes {first.shape[1]} numbers, (s, a) has {width}")
             check(len(last) == 1, "it has quantiles instead of Q(s, a), as a TQC")
         critics = [mlp(width, *map(len, x[1::2])).to(device) for x in networks.values()]
         for critic, layers in zip(critics, networks.values(), strict=True):
             critic.load_state_dict(dict(zip(critic.state_dict(), layers, strict=True)))
+        value = float(saved["return"]) if "return" in saved else None  # of its policy
 
     def q(state: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([(state - saved.get("mean", 0)) / saved.get("std", 1), action], -1)
         return torch.cat([critic(x) for critic in critics], -1).amin(-1)
 
-    about = {"expert_sha256": sha256(spec), "expert_return": saved.get("return")}
-    return BlackBox(budget, q), about
+    return BlackBox(budget, q), {"expert_sha256": sha256(spec), "expert_return": value}
 
 # ------------------------------------------------------------------------------------- environments
 
@@ -664,7 +658,8 @@ class Env(gym.Wrapper):
 
     def finite(self, state: np.ndarray, reward: float = 0.0) -> tuple[np.ndarray, float]:
         state, reward = np.array(state, float), np.asarray(reward, float).item()
-        check(np.isfinite(state).all() and np.isfinite(reward),
+        right = state.shape == self.observation_space.shape
+        check(right and np.isfinite(np.append(state, reward)).all(),
               f"{self.robot.gym_id} gave a state {state} and a reward {reward}")
         return state, reward
 
@@ -703,14 +698,13 @@ def make_env(name: str) -> Env:
             options |= {"xml_file": f"{folder}/ant_maze.xml",
                         "include_cfrc_ext_in_observation": False,
                         "exclude_current_positions_from_observation": False}
-        with blame(f"--env {name}", gym.error.Error, ModuleNotFoundError):
+        with blame(f"--env {name}", gym.error.Error, ImportError):
             env = gym.make(robot.gym_id, disable_env_checker=True, **options)
         if robot in ROBOTS:
-            model = env.unwrapped.model
             if robot.domain != "adroit":  # whose capsules are in bodies with explicit inertias
-                restore_capsules(model, env.unwrapped.fullpath)
+                restore_capsules(env.unwrapped.model, env.unwrapped.fullpath)
             for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # new collision code
-                model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
+                env.unwrapped.model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
     state, action, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
     check(all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (state, action))
           and action.is_bounded() and (action.low < action.high).all() and limit,
@@ -761,10 +755,10 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
     """
     keys, raw, age = ["observations", "actions", "rewards", "terminals", "timeouts"], {}, 0
     shapes = [env.observation_space.shape, env.action_space.shape, (), (), ()]
-    with blame(f"dataset {path}"), h5py.File(path) as file:
-        references = {k: float(x) for k, x in file.attrs.items() if k.startswith("ref_")}
+    with blame(f"dataset {path}"), np.errstate(over="ignore"), h5py.File(path) as file:
+        references = {k: float(file.attrs[k]) for k in REFERENCES if k in file.attrs}
         for key, shape in list(zip(keys, shapes))[: 5 if "timeouts" in file else 4]:
-            raw[key] = np.asarray(file[key][()], np.float32)
+            raw[key] = np.asarray(file[key][()]).astype(np.float32, casting="same_kind")
             shape = len(raw["observations"]), *shape
             check(raw[key].shape == shape, f"{key} are {raw[key].shape}, not {shape}")
             check(np.isfinite(raw[key]).all(), f"some {key} are not finite numbers")
@@ -833,8 +827,9 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
         if args.reward_scale:
             reward_scale = 1000 / float(np.ptp(raw["returns"]) or 1000)
         rows += len(raw["reward"])
-    about |= {"ref_min_score": low, "ref_max_score": high} if known else {}
-    data = Data(rows, *dims, args.device)
+    about |= dict(zip(REFERENCES, (low, high))) if known else {}
+    with blame(f"{rows:,} rows", RuntimeError):  # no memory
+        data = Data(rows, *dims, args.device)
     for row, of_states, of_rewards in ((data.shift, mean, -args.reward_shift / reward_scale),
                                        (data.scale, std, 1 / reward_scale)):
         state, _, reward, next_state, _ = data.split(row)  # views
@@ -853,8 +848,8 @@ COLUMNS = (
     " ranknet_loss ranknet_accuracy unasked_prefer_policy critic_loss actor_loss value_loss seconds"
 ).split()
 SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
-FREE = (  # what may change when a run goes on; of files, the content counts
-    "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions")
+REFERENCES = "ref_min_score", "ref_max_score"  # the returns that score 0 and 100
+FREE = "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions"
 
 def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, ...]) -> np.ndarray:
     """Undiscounted returns (episodes,), of raw states (E, O) -> actions (E, A) in [-1, 1]."""
@@ -892,7 +887,7 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
         with blame(f"{path} can't be read; rm -r {folder} begins anew"):
             old = dict(json.loads(path.read_text("utf-8")))
     changed = [f"{k} {old.get(k)}, not {v}" for k, v in config.items()
-               if k not in FREE and old.get(k) != v]
+               if k not in FREE and str(old.get(k)) != str(v)]
     check(not changed, f"{folder} has a run with {'; '.join(changed)}: --tag names another run,"
           f" rm -r {folder} begins anew")
     write(path, json.dumps(config, indent=2).encode())
@@ -921,8 +916,7 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
 def train(args: argparse.Namespace) -> Path:
     """Runs a scheme; with --scheme oap, Algorithm 1. Returns the run's folder. Raises BadInput.
 
-    A stopped run goes on from its checkpoint, and ends as if it had not been stopped (on a CPU, to
-    the bit), but for a new episode where it interacts.
+    A stopped run goes on to the same end, on a CPU to the bit, but for a new episode if it acts.
     """
     scheme, device, folder = SCHEMES[args.scheme], torch.device(args.device), run_folder(args)
     asks, interacts = scheme.spends == "queries", scheme.spends == "interactions"
@@ -944,6 +938,7 @@ def train(args: argparse.Namespace) -> Path:
     agent = ALGORITHMS[args.algo](*dims, args)
     learner, optimizers = nn.ModuleDict({"agent": agent}), list(agent.optimizers)
     if asks:
+        black_box.answer(state[:2], action[:2], action[:2])  # ties tell nothing; a misfit shows now
         ranknet = RankNet(*dims).to(device).eval() if args.ranknet else None
         oap = OAP(state, action, black_box, ranknet, args.ranknet_epochs, args.lr)
         learner["oap"], optimizers = oap, optimizers + oap.optimizers
@@ -974,22 +969,24 @@ def train(args: argparse.Namespace) -> Path:
     checkpoint, rows, log, losses, done, seconds = folder / "checkpoint.pt", [], {}, {}, 0, 0.0
     if checkpoint.is_file():
         saved = load(checkpoint, args.device)
-        done, rows, log, losses, seconds = (
-            saved[k] for k in ("step", "rows", "log", "losses", "seconds"))
-        learner.load_state_dict(saved["learner"])
-        for optimizer, x in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(x)
-        if asks:
-            black_box.spent = sum(count for t, count in rounds.items() if t <= done)
-        if interacts:
-            data.append(*data.split(saved["own"]))
-        rng.set_rng_state(saved["rng"].cpu())
+        with blame(f"{checkpoint} is another run's; rm -r {folder} begins anew"):
+            done, rows, log, losses, seconds = (
+                saved[k] for k in ("step", "rows", "log", "losses", "seconds"))
+            learner.load_state_dict(saved["learner"])
+            for optimizer, x in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(x)
+            if asks:
+                black_box.spent = sum(count for t, count in rounds.items() if t <= done)
+            if interacts:
+                data.append(*data.split(saved["own"]))
+            rng.set_rng_state(saved["rng"].cpu())
         print(f"{folder} continues after update {done:,}")
     if args.wandb:
-        import wandb
-        run = wandb.init(project="oap", name=str(folder), config=config)
+        with blame("--wandb"):
+            import wandb
+            run = wandb.init(project="oap", name=str(folder), config=config)
     advance = graphed(advance) if args.cuda_graph else advance
-    low, high = (about_data.get(f"ref_{k}_score", math.nan) for k in ("min", "max"))
+    low, high = (about_data.get(k, math.nan) for k in REFERENCES)
     started = time.monotonic() - seconds
 
     for step in tqdm(range(done + 1, updates + 1), initial=done, total=updates, disable=None):
@@ -1023,8 +1020,8 @@ def train(args: argparse.Namespace) -> Path:
                     "seconds": time.monotonic() - started}
             rows.append(log)
             table = [COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in rows)]
-            lines = [",".join(map(str, line)) + "\n" for line in table]
-            write(folder / "progress.csv", "".join(lines).encode())
+            lines = "".join(",".join(map(str, line)) + "\n" for line in table)
+            write(folder / "progress.csv", lines.encode())
             left = tqdm.format_interval(log["seconds"] / step * (updates - step))
             shown = ["return" if math.isnan(low) else "score", *(k for k in SHOWN if k in log)]
             tqdm.write(f"seed {args.seed}  step {step:>9,}  left {left:>8}" + "".join(
@@ -1082,14 +1079,15 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     sys.path.append(os.getcwd())  # for black boxes and environments of one's own
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more hardly help
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more hardly help
     try:
         train(parse_args(argv)) if argv else demo()
         return 0
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
     except (BadInput, OSError) as error:
-        message = str(error)
+        message = " ".join(str(error).split())
         if isinstance(error, BrokenPipeError):  # nobody reads the output any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"oap.py: {message}", file=sys.stderr)

@@ -734,7 +734,7 @@ def broken_datasets(folder):
         "lacks": {"actions": None}, "nan": {"rewards": nan}, "bounds": {"actions": wide},
         "shape": {"observations": good["observations"][:, :1]}, "short": {"rewards": nan[:9]},
         "all timeouts": {"timeouts": np.ones(60, bool)}, "text": {"rewards": np.array([b"a"] * 60)},
-        "no rows": {k: v[:0] for k, v in good.items()},
+        "complex": {"rewards": nan * 1j}, "no rows": {k: v[:0] for k, v in good.items()},
         "one row": {k: v[:1] for k, v in good.items()},
     }.items():
         arrays = {k: v for k, v in (good | change).items() if v is not None}
@@ -957,8 +957,8 @@ def test_weights_and_biases_if_installed(run, monkeypatch):
 # --------------------------------------------------------------------------------------------- main
 
 BAD = """--env=hopper-meduim-v2 / --env=Nothing-v0 / --env=nothing:Nothing-v0 / --expert=nowhere.pt
---env=Pendulum-v1 --dataset= / --expert=point.hdf5 / --expert=nothing:prefer / --interval=41
---budget=1 / --scheme=offline --timing=ft / --scheme=o2o --budget=inf / --scheme=online --audit
+--env=Pendulum-v1 --dataset= / --env=Ant-v2 / --expert=point.hdf5 / --expert=nothing:prefer / --interval=41
+--expert=mine:nothing / --expert=sys:exit / --random-steps=0 / --budget=1 / --scheme=offline --timing=ft / --scheme=o2o --budget=inf / --scheme=online --audit
 --scheme=online --normalize / --eval-every=61 / --cuda-graph / --tag=../x / --device=abacus
 --device=meta / --device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1"""
 
