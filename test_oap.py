@@ -956,11 +956,12 @@ def test_weights_and_biases_if_installed(run, monkeypatch):
 
 # --------------------------------------------------------------------------------------------- main
 
-BAD = """--env=hopper-meduim-v2 / --env=Nothing-v0 / --env=nothing:Nothing-v0 / --expert=nowhere.pt
---env=Pendulum-v1 --dataset= / --env=Ant-v2 / --expert=point.hdf5 / --expert=nothing:prefer / --interval=41
---expert=mine:nothing / --expert=sys:exit / --random-steps=0 / --budget=1 / --scheme=offline --timing=ft / --scheme=o2o --budget=inf / --scheme=online --audit
---scheme=online --normalize / --eval-every=61 / --cuda-graph / --tag=../x / --device=abacus
---device=meta / --device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1"""
+BAD = """--env=hopper-meduim-v2 / --env=Nothing-v0 / --env=nothing:Nothing-v0 / --env=Ant-v2
+--env=Pendulum-v1 --dataset= / --expert=point.hdf5 / --expert=nothing:prefer / --expert=nowhere.pt
+--expert=mine:nothing / --expert=sys:exit / --random-steps=0 / --budget=1 / --interval=41
+--scheme=offline --timing=ft / --scheme=o2o --budget=inf / --scheme=online --audit / --tag=../x
+--scheme=online --normalize / --eval-every=61 / --cuda-graph / --device=abacus / --device=meta
+--device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1"""
 
 @pytest.mark.parametrize("argv", BAD.replace("\n", " / ").split(" / "))
 def test_bad_input_is_one_line_and_exit_code_2(run, capsys, argv):
