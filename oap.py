@@ -369,7 +369,12 @@ def polyak_update(target: nn.Module, net: nn.Module, rate: float) -> None:
 @torch.no_grad()
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int = 1024) -> Tensor:
     """function(*tensors) without gradients, piece by piece: all of D at once would be slow."""
-    return torch.cat([function(*piece) for piece in zip(*(t.split(size) for t in tensors))])
+    whole = None  # the result in one place: a list of pieces would scatter them over the heap
+    for start in range(0, max(1, len(tensors[0])), size):
+        piece = function(*(t[start : start + size] for t in tensors))
+        whole = piece.new_empty(len(tensors[0]), *piece.shape[1:]) if whole is None else whole
+        whole[start : start + size] = piece
+    return whole
 
 def moments(state: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (O,) of states (N, O), as TD3+BC normalises with."""
@@ -828,8 +833,7 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
             reward_scale = 1000 / float(np.ptp(raw["returns"]) or 1000)
         rows += len(raw["reward"])
     about |= dict(zip(REFERENCES, (low, high))) if known else {}
-    with blame(f"{rows:,} rows", RuntimeError):  # no memory
-        data = Data(rows, *dims, args.device)
+    data = Data(rows, *dims, args.device)
     for row, of_states, of_rewards in ((data.shift, mean, -args.reward_shift / reward_scale),
                                        (data.scale, std, 1 / reward_scale)):
         state, _, reward, next_state, _ = data.split(row)  # views
@@ -915,9 +919,7 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
 
 def train(args: argparse.Namespace) -> Path:
     """Runs a scheme; with --scheme oap, Algorithm 1. Returns the run's folder. Raises BadInput.
-
-    A stopped run goes on to the same end, on a CPU to the bit, but for a new episode if it acts.
-    """
+    A stopped run goes on to the same end, on a CPU to the bit, but for a new episode if it acts."""
     scheme, device, folder = SCHEMES[args.scheme], torch.device(args.device), run_folder(args)
     asks, interacts = scheme.spends == "queries", scheme.spends == "interactions"
     updates = args.steps + args.finetune_steps * scheme.finetune

@@ -882,7 +882,6 @@ def test_a_finished_run_is_left_alone_and_not_mistaken_for_another(run, files, c
     for argv, message in ((["--lr=1e-4"], "lr 0.0003, not 0.0001"),
                           ([f"--dataset={tmp_path}/swapped.hdf5"], "dataset_sha256"),
                           (["--expert=mine:prefer"], "expert_sha256")):
-        sys.path.insert(0, str(files))
         assert run("--out=twice", *argv) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
