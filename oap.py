@@ -60,6 +60,7 @@ import math
 import os
 import re
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -180,12 +181,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "timing": scheme.timing, "normalize": scheme.data and args.algo == "td3bc",
         "reward_scale": scheme.data and args.algo == "iql" and robot.domain == "gym",
         "expert": str(HERE / "experts" / f"{robot.name}.pt"), **vars(args)})
-    asks, interacts = scheme.spends == "queries", scheme.spends == "interactions"
     check(not scheme.data or args.dataset or robot in ROBOTS,
           f"--env {args.env} is no task of the paper's robots: it needs --dataset FILE")
     check(args.timing != "ft" or scheme.finetune, f"--timing ft: {args.scheme} has one phase")
-    check(not interacts or args.budget % 1 == 0, "--budget: interactions need a whole number")
-    check(not asks or max(query_rounds(args).values(), default=0) >= 1,
+    check(scheme.spends != "interactions" or args.budget % 1 == 0, "--budget is no whole number")
+    check(scheme.spends != "queries" or max(query_rounds(args).values(), default=0) >= 1,
           "nothing would be asked: --interval is longer than --steps, or --budget is too small")
     check(scheme.data or not (args.normalize or args.reward_scale or args.audit),
           f"--normalize, --reward-scale and --audit need D, and {args.scheme} has none")
@@ -738,6 +738,7 @@ def dataset_file(url: str) -> Path:
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     server, _, name = url.rpartition("/")
     path, part, failures = folder / name, folder / f"{name}.{os.getpid()}.part", ""
+    socket.setdefaulttimeout(30)  # of silence, which torch.hub would wait out for ever
     for source in () if path.is_file() else (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1021,9 +1022,8 @@ def train(args: argparse.Namespace) -> Path:
                     "queries": black_box.spent if asks else 0,
                     "seconds": time.monotonic() - started}
             rows.append(log)
-            table = [COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in rows)]
-            lines = "".join(",".join(map(str, line)) + "\n" for line in table)
-            write(folder / "progress.csv", lines.encode())
+            table = [COLUMNS, *([str(row.get(name, "")) for name in COLUMNS] for row in rows)]
+            write(folder / "progress.csv", "".join(",".join(x) + "\n" for x in table).encode())
             left = tqdm.format_interval(log["seconds"] / step * (updates - step))
             shown = ["return" if math.isnan(low) else "score", *(k for k in SHOWN if k in log)]
             tqdm.write(f"seed {args.seed}  step {step:>9,}  left {left:>8}" + "".join(
