@@ -21,13 +21,14 @@ share=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:
 shares=${SLURM_ARRAY_TASK_COUNT:-1} notes=$(mktemp -d) && export notes
 trap 'rm -rf "$notes"' EXIT
 [ $share -lt "$shares" ] || { echo "run_all.sh: --array must be a range" >&2; exit 2; }
-one_run() {  # in slot SLOT of all jobs, python with these arguments
+one_run() {  # in slot SLOT of all jobs: oap.py with the run's eight arguments, then the user's
+  set -- "$1" "${@: -8}" "${@:2:$#-9}"
   read -ra gpus <<< "$GPUS"
   [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES="${gpus[SLOT % ${#gpus[@]}]}"
   [ -z "$DRY_RUN" ] || { printf '%q ' python "$@" && echo && return; }
   { python "$@" 2>&1 >&3 | tee "$notes/$SLOT" >&2; } 3>&1 && return  # the status is python's
   grep -q "another process trains in" "$notes/$SLOT" && what="another process has" || what=failed
-  echo "$what: ${*: -8}" >> "$notes/report"
+  echo "$what: ${*:2:8}" >> "$notes/report"
 }
 export -f one_run && set -m  # what follows is a job, which is stopped as a whole
 trap 'kill %1; disown; echo "run_all.sh: stopped; the same command goes on"; exit 130' INT TERM HUP

@@ -49,9 +49,9 @@ def test_run_all_shares_the_papers_runs_among_array_tasks(run_all):
     lines = [share.communicate()[0].splitlines() for share in shares]
     runs = [tuple(shlex.split(line)) for line in itertools.chain(*lines)]
     assert list(map(len, lines)) == [334, 333, 333] and len(set(runs)) == 20 * 5 * 2 * 5
-    assert {run[2:4] for run in runs} == {("--tag", "a b")}
-    assert {run[9] for run in runs} == set(oap.SCHEMES) and not run_all.calls.exists()
-    for task in {run[5] for run in runs}:
+    assert {run[10:] for run in runs} == {("--tag", "a b")}  # the user has the last word
+    assert {run[7] for run in runs} == set(oap.SCHEMES) and not run_all.calls.exists()
+    for task in {run[3] for run in runs}:
         assert oap.find_robot(task) in oap.ROBOTS
 
 def test_run_all_names_failed_runs_at_the_end_and_those_of_other_processes(run_all, tmp_path):
