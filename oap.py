@@ -1,6 +1,4 @@
-"""Offline-with-Action-Preferences (OAP), the reference implementation in one file.
-
-Yang et al., "Boosting Offline Reinforcement Learning with Action Preference Query", ICML 2023.
+"""OAP, "Boosting Offline RL with Action Preference Query" (Yang et al., ICML 2023), in one file.
 
     python oap.py                                          # a demo: no download, two minutes
     python oap.py --scheme oap --env pen-human-v1          # the method; it asks experts/pen.pt
@@ -497,12 +495,13 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def load(path: str | Path, device: str) -> dict:
-    """What `save` wrote, or a Stable-Baselines3 zip's weights. No code in a file is ever run."""
-    with blame(f"{path} can't be read as weights"):
-        with zipfile.ZipFile(path) as archive:  # torch's files are zips too
-            check(archive.testzip() is None, f"{archive.testzip()} is damaged")
-            inner = "policy.pth" in archive.namelist() and io.BytesIO(archive.read("policy.pth"))
-        return torch.load(inner or path, device, weights_only=True)
+    """What `save` wrote, or a Stable-Baselines3 zip's weights and "sb3". No code is ever run."""
+    with blame(f"{path} can't be read as weights"), zipfile.ZipFile(path) as archive:  # torch's too
+        check(archive.testzip() is None, f"{archive.testzip()} is damaged")
+        if "policy.pth" not in archive.namelist():
+            return torch.load(path, device, weights_only=True)
+        policy = torch.load(io.BytesIO(archive.read("policy.pth")), device, weights_only=True)
+        return policy | {"sb3": json.loads(archive.read("data"))}
 
 class BlackBox:
     """The expert that OAP asks, at most `budget` times: is a at least as good as b in state s?
@@ -556,8 +555,7 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
     check(Path(spec).is_file(), f"no black box {spec}: --expert names one; see experts/README.md")
     saved, networks = load(spec, device), {}
     with blame(f"black box {spec}"):
-        with zipfile.ZipFile(spec) as archive:
-            sb3 = json.loads(archive.read("data")) if "policy.pth" in archive.namelist() else {}
+        sb3 = saved.get("sb3", {})
         for key, x in saved.get("critic", saved).items():  # weights and biases of each Q, in order
             key = key.removeprefix("critic.")
             if key.startswith("q") and isinstance(x, Tensor):
@@ -710,11 +708,10 @@ def make_env(name: str) -> Env:
                 restore_capsules(env.unwrapped.model, env.unwrapped.fullpath)
             for flag in ("mjDSBL_NATIVECCD", "mjDSBL_MULTICCD"):  # new collision code
                 env.unwrapped.model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
-    state, action, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
-    check(all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (state, action))
-          and action.is_bounded() and (action.low < action.high).all() and limit,
-          f"--env {name}: states {state} and actions {action} must be vectors (Box), these with"
-          f" bounds low < high, and episodes have a time limit, not {limit}")
+    state, action, end = env.observation_space, env.action_space, env.spec.max_episode_steps
+    check(end and all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (state, action))
+          and action.is_bounded() and (action.low < action.high).all(), f"--env {name} needs a time"
+          f" limit, vectors (Box), and actions with low < high; it has {end}, {state}, {action}")
     return Env(env, robot)
 
 # --------------------------------------------------------------------------------------------- data
@@ -730,8 +727,7 @@ def d4rl_infos(task: str) -> tuple[str, float, float]:
     return tuple(infos[k][task] for k in ("DATASET_URLS", "REF_MIN_SCORE", "REF_MAX_SCORE"))
 
 def checksums() -> str:
-    path = HERE / "testdata/d4rl.sha256"
-    return path.read_text("utf-8") if path.is_file() else ""
+    return "".join(path.read_text("utf-8") for path in HERE.glob("testdata/d4rl.sha256"))
 
 def dataset_file(url: str) -> Path:
     """A D4RL file in D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded if it is missing."""
@@ -768,6 +764,11 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
             shape = len(raw["observations"]), *shape
             check(raw[key].shape == shape, f"{key} are {raw[key].shape}, not {shape}")
             check(np.isfinite(raw[key]).all(), f"some {key} are not finite numbers")
+        if "next_observations" in file:
+            other = np.abs(file["next_observations"][:-1] - raw["observations"][1:]).max(1) > 1e-3
+            other &= sum(raw[k] for k in keys[3:] if k in raw)[:-1] == 0  # but for episodes' ends
+            if other.sum() > 0.05 * len(other):
+                print(f"warning: {other.mean():.0%} of next_observations are not the next row's")
         inside = np.abs(raw["actions"] - env.middle) <= env.half * (1 + 1e-5)
         check(inside.all(), "some actions are outside of the environment's bounds")
     state, action, reward, done, *timeout = raw.values()
@@ -1079,12 +1080,11 @@ Next: python oap.py --scheme oap --env pen-human-v1; README.md has more.""")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
-    argv = sys.argv[1:] if argv is None else argv
     sys.path.append(os.getcwd())  # for black boxes and environments of one's own
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more hardly help
     try:
-        train(parse_args(argv)) if argv else demo()
+        train(parse_args(argv)) if argv or sys.argv[1:] else demo()
         return 0
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
