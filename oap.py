@@ -189,7 +189,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
           f"--normalize, --reward-scale and --audit need D, and {args.scheme} has none")
     check(args.eval_every <= args.steps + args.finetune_steps * scheme.finetune,
           "--eval-every is longer than the run: nothing would be measured")
-    check(re.fullmatch(r"[\w.-]*", args.tag), "--tag: letters, digits, '.', '_' and '-' alone")
+    check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
+          "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
     check(not args.cuda_graph or args.device.startswith("cuda"), "--cuda-graph needs a GPU")
     with blame(f"--device {args.device}"):
         torch.zeros(1, device=args.device).item()
@@ -564,7 +565,7 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         seen = [(sb3.get(k) or {}).get(":serialized:", "") for k in (
             "_last_obs", "_last_original_obs")]  # VecNormalize makes float32 of float64
         activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
-        check(networks, "it has no Q(s, a)")
+        check(networks and "features_extractor" not in str(list(saved)), "it has no plain Q(s, a)")
         check(len({b"f8" in base64.b64decode(x) for x in seen}) < 2, "its VecNormalize is missing")
         check(activation.endswith(".ReLU'>"), f"{activation} is not ReLU")
         for first, *_, last in networks.values():
@@ -710,8 +711,8 @@ def make_env(name: str) -> Env:
                 env.unwrapped.model.opt.disableflags |= int(getattr(mujoco.mjtDisableBit, flag, 0))
     state, action, end = env.observation_space, env.action_space, env.spec.max_episode_steps
     check(end and all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (state, action))
-          and action.is_bounded() and (action.low < action.high).all(), f"--env {name} needs a time"
-          f" limit, vectors (Box), and actions with low < high; it has {end}, {state}, {action}")
+          and action.is_bounded() and (action.low < action.high).all() and action.dtype.kind == "f",
+          f"--env {name} needs a time limit, and vectors (Box), of actions floats with low < high")
     return Env(env, robot)
 
 # --------------------------------------------------------------------------------------------- data
@@ -720,8 +721,7 @@ MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 
 def d4rl_infos(task: str) -> tuple[str, float, float]:
     """A task's URL and the returns that score 0 and 100; d4rl's __init__ would need mujoco-py."""
-    package = importlib.util.find_spec("d4rl")
-    check(package, "d4rl is not installed: pip install --no-deps d4rl==1.1")
+    check(package := importlib.util.find_spec("d4rl"), "pip install --no-deps d4rl==1.1")
     infos = runpy.run_path(f"{package.submodule_search_locations[0]}/infos.py")
     check(task in infos["DATASET_URLS"], f"--env: D4RL has no task {task}")
     return tuple(infos[k][task] for k in ("DATASET_URLS", "REF_MIN_SCORE", "REF_MAX_SCORE"))
@@ -759,6 +759,7 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
     shapes = [env.observation_space.shape, env.action_space.shape, (), (), ()]
     with blame(f"dataset {path}"), np.errstate(over="ignore"), h5py.File(path) as file:
         references = {k: float(file.attrs[k]) for k in REFERENCES if k in file.attrs}
+        check(len(references) < 2 or len(set(references.values())) == 2, f"{REFERENCES} are equal")
         for key, shape in list(zip(keys, shapes))[: 5 if "timeouts" in file else 4]:
             raw[key] = np.asarray(file[key][()]).astype(np.float32, casting="same_kind")
             shape = len(raw["observations"]), *shape
@@ -771,10 +772,9 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
                 print(f"warning: {other.mean():.0%} of next_observations are not the next row's")
         inside = np.abs(raw["actions"] - env.middle) <= env.half * (1 + 1e-5)
         check(inside.all(), "some actions are outside of the environment's bounds")
-    state, action, reward, done, *timeout = raw.values()
-    done, timeout = done > 0, timeout[0] > 0 if timeout else None
-    if timeout is None:
-        timeout = np.zeros_like(done)
+    state, action, reward = (raw[k] for k in keys[:3])
+    done, timeout = raw["terminals"] > 0, raw.get("timeouts", 0 * raw["terminals"]) > 0
+    if "timeouts" not in raw:
         for i, terminal in enumerate(done):
             timeout[i] = age == env.spec.max_episode_steps - 1
             age = 0 if timeout[i] else 1 if terminal else age + 1  # d4rl's count, off by one
@@ -988,7 +988,7 @@ def train(args: argparse.Namespace) -> Path:
     if args.wandb:
         with blame("--wandb"):
             import wandb
-            run = wandb.init(project="oap", name=str(folder), config=config)
+            run = wandb.init(project="oap", name=str(folder), config=config, reinit=True)
     advance = graphed(advance) if args.cuda_graph else advance
     low, high = (about_data.get(k, math.nan) for k in REFERENCES)
     started = time.monotonic() - seconds

@@ -550,8 +550,8 @@ def test_files_that_are_no_black_boxes(tmp_path, files):
     oap.save(tmp_path / "other", {"model": torch.zeros(3)})
     for name, message in {"evil": "weights", "script": "", "bit": "damaged", "empty": "", "cut": "",
                           "html": "", "text": "", "tanh": "Tanh", "norm": "VecNormalize",
-                          "tqc": "quantiles", "ppo": "no Q", "wide": "Q takes 8", "other": "no Q",
-                          "missing": "no black box"}.items():
+                          "tqc": "quantiles", "ppo": "no plain Q", "wide": "Q takes 8",
+                          "other": "no plain Q", "missing": "no black box"}.items():
         with pytest.raises(oap.BadInput, match=message) as error:
             oap.load_black_box(str(tmp_path / name), oap.make_env("Point-v0"), 1, "cpu")
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
@@ -960,7 +960,7 @@ BAD = """--env=hopper-meduim-v2 / --env=Nothing-v0 / --env=nothing:Nothing-v0 / 
 --expert=mine:nothing / --expert=sys:exit / --random-steps=0 / --budget=1 / --interval=41
 --scheme=offline --timing=ft / --scheme=o2o --budget=inf / --scheme=online --audit / --tag=../x
 --scheme=online --normalize / --eval-every=61 / --cuda-graph / --device=abacus / --device=meta
---device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1"""
+--device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1 / --tag=no-ranknet"""
 
 @pytest.mark.parametrize("argv", BAD.replace("\n", " / ").split(" / "))
 def test_bad_input_is_one_line_and_exit_code_2(run, capsys, argv):
