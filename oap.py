@@ -193,7 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
           "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
     check(not args.cuda_graph or args.device.startswith("cuda"), "--cuda-graph needs a GPU")
     with blame(f"--device {args.device}"):
-        torch.zeros(1, device=args.device).item()
+        args.device = str(torch.zeros(1, device=args.device).nonzero().device)  # cuda: cuda:0
     return args
 
 # ----------------------------------------------------------------------------------- OAP, section 3
