@@ -82,6 +82,8 @@ def read_run(folder: Path) -> dict:
     oap.check(step > due, f"not finished, {step:,.0f} of {updates:,} updates")
     score = box if config["scheme"] == "expert" and np.isfinite(box) else score
     task, name = Path(os.path.abspath(folder)).parts[-3:-1]
+    if (digest := config.get("dataset_sha256")) and digest not in oap.checksums():
+        task += ", own data"  # which no published figure belongs beside
     algo, _, label = name.partition("-")
     return run | {"task": task, "algo": algo, "label": label, "rows": rows, "step": step,
                   "normalised": np.isfinite(score), "score": score if np.isfinite(score) else value}
