@@ -734,10 +734,10 @@ def dataset_file(url: str) -> Path:
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     server, _, name = url.rpartition("/")
     path, part, failures = folder / name, folder / f"{name}.{os.getpid()}.part", ""
-    socket.setdefaulttimeout(30)  # of silence, which torch.hub would wait out for ever
     for source in () if path.is_file() else (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(30)  # of silence, which torch.hub would wait out for ever
             torch.hub.download_url_to_file(f"{source}/{name}", str(part))
             h5py.File(part).close()  # neither cut off nor an error page
             check(name not in checksums() or sha256(part) in checksums(), "not D4RL's checksum")
@@ -1060,13 +1060,13 @@ def train(args: argparse.Namespace) -> Path:
 def demo() -> None:
     """OAP and the offline scheme with as many updates, on a small dataset that is shipped."""
     print("A demo on Pendulum, two minutes on two CPU cores: the offline scheme, then OAP.")
-    here, models = os.path.relpath(HERE), []
-    common = ["--env=Pendulum-v1", f"--dataset={here}/testdata/pendulum-medium.hdf5",
-              f"--expert={here}/experts/pendulum.pt", *"--batch-size=64 --eval-every=500".split()]
+    at, models = os.path.relpath(HERE), []
+    base = [f"--dataset={at}/testdata/pendulum-medium.hdf5", "--env=Pendulum-v1", "--batch-size=64",
+            f"--expert={at}/experts/pendulum.pt", "--eval-every=500", "--out=runs/demo"]
     for flags in ("--scheme=offline --steps=6000", "--scheme=oap --steps=5000 --finetune-steps=1000"
                   " --interval=1000 --budget=1000 --audit"):
-        print("python oap.py", *common, flags)
-        models.append(load(train(parse_args([*common, *flags.split()])) / "model.pt", "cpu"))
+        print("python oap.py", *base, flags)
+        models.append(load(train(parse_args([*base, *flags.split()])) / "model.pt", "cpu"))
     last = [row for row in models[1]["rows"] if "prefers_policy" in row][-1]
     print(f"""
 score of offline                                {models[0]["score"]:9.1f}
@@ -1079,7 +1079,7 @@ accuracy of always answering "policy"           {last["unasked_prefer_policy"]:9
 Next: python oap.py --scheme oap --env pen-human-v1; README.md has more.""")
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 2, after one line, for what the user can mend."""
+    """The command line. Returns the exit code: 2, after one line, for what the user can correct."""
     sys.path.append(os.getcwd())  # for black boxes and environments of one's own
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more hardly help
