@@ -36,8 +36,8 @@ What the paper leaves open, and what is done here:
     weight exp(β(Q(s, ã) - V(s))) and in the likelihood. V and Q learn from the data's action.
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
  8. Every round asks K M_inter / N_train samples; the 100k updates after N_train ask nothing.
- 9. IQL's actor has its authors' cosine decay of the learning rate in schemes of one phase only:
-    with a decay, OAP's last rounds would hardly change the policy. So `offline` differs in this.
+ 9. IQL's actor has its authors' cosine decay of the learning rate in `offline`, `online` and
+    `online-mix` alone: with it, OAP's last rounds would hardly change the policy.
 10. Interactions are spread evenly over their phase; without D, the first 1,000 come before it, with
     random actions. TD3+BC explores with noise, IQL by sampling. Batches are uniform over all rows.
 11. TD3+BC normalises states. IQL clips D's actions to 1 - 1e-5 and, but for AntMaze and Adroit,
@@ -46,9 +46,9 @@ What the paper leaves open, and what is done here:
 """
 
 import argparse
-import base64
 import contextlib
 import copy
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -58,10 +58,10 @@ import math
 import os
 import re
 import runpy
-import socket
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -238,7 +238,6 @@ class OAP(nn.Module):
     which calls `round` now and then, has become OAP. `state` (N, O) is what the policy and the
     black box take; RankNet is any module f(state, action) -> (B,), of normalised states, or None.
     """
-
     def __init__(self, state: Tensor, action: Tensor, black_box: "BlackBox",
                  ranknet: nn.Module | None, epochs: int = 100, lr: float = 3e-4,
                  batch_size: int = 256):
@@ -482,11 +481,12 @@ ALGORITHMS = {"td3bc": TD3BC, "iql": IQL}
 def write(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and then renames it: none is ever half written."""
     part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with blame(f"{path} can't be written", OSError):
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 def save(path: Path, state: dict) -> None:
     torch.save(state, buffer := io.BytesIO())
@@ -510,7 +510,6 @@ class BlackBox:
     Behind it is q(s, a) -> (B,) of tensors, or prefer(s, a, b) -> (B,) bools of NumPy arrays, of
     the environment's own states and of actions in [-1, 1].
     """
-
     def __init__(self, budget: float, q: Callable | None = None, prefer: Callable | None = None):
         self.budget, self.q, self.prefer, self.spent = budget, q, prefer, 0
 
@@ -562,11 +561,11 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
             if key.startswith("q") and isinstance(x, Tensor):
                 networks.setdefault(key.partition(".")[0], []).append(x)
         width = env.observation_space.shape[0] + env.action_space.shape[0]
-        seen = [(sb3.get(k) or {}).get(":serialized:", "") for k in (
-            "_last_obs", "_last_original_obs")]  # VecNormalize makes float32 of float64
+        seen = {len((sb3.get(k) or {}).get(":serialized:", "")) for k in (
+            "_last_obs", "_last_original_obs")}  # VecNormalize makes float32 of float64
         activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
         check(networks and "features_extractor" not in str(list(saved)), "it has no plain Q(s, a)")
-        check(len({b"f8" in base64.b64decode(x) for x in seen}) < 2, "its VecNormalize is missing")
+        check(len(seen) == 1, "its VecNormalize is missing")
         check(activation.endswith(".ReLU'>"), f"{activation} is not ReLU")
         for first, *_, last in networks.values():
             check(first.shape[1] == width, f"Q takes {first.shape[1]} numbers, (s, a) has {width}")
@@ -574,12 +573,10 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         critics = [mlp(width, *map(len, x[1::2])).to(device) for x in networks.values()]
         for critic, layers in zip(critics, networks.values(), strict=True):
             critic.load_state_dict(dict(zip(critic.state_dict(), layers, strict=True)))
-        value = float(saved["return"]) if "return" in saved else None  # of its policy
-
     def q(state: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([(state - saved.get("mean", 0)) / saved.get("std", 1), action], -1)
         return torch.cat([critic(x) for critic in critics], -1).amin(-1)
-
+    value = saved.get("return")  # of its policy, if the file says it
     return BlackBox(budget, q), {"expert_sha256": sha256(spec), "expert_return": value}
 
 # ------------------------------------------------------------------------------------- environments
@@ -648,7 +645,6 @@ def write_ant_maze(maze: str, path: str) -> None:
 class Env(gym.Wrapper):
     """What this program sees of an environment: actions in [-1, 1]; states and rewards that are
     finite floats, and copies; and D4RL's starts, goals, rewards and ends where they differ."""
-
     def __init__(self, env: gym.Env, robot: Robot):
         super().__init__(env)
         low, high = env.action_space.low.astype(float), env.action_space.high.astype(float)
@@ -737,8 +733,13 @@ def dataset_file(url: str) -> Path:
     for source in () if path.is_file() else (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(30)  # of silence, which torch.hub would wait out for ever
-            torch.hub.download_url_to_file(f"{source}/{name}", str(part))
+            started = time.monotonic()
+            with (urllib.request.urlopen(f"{source}/{name}", timeout=30) as reply, part.open("wb")
+                  as file, tqdm(desc=name, total=reply.length, unit="B", unit_scale=True) as bar):
+                while piece := reply.read1(2**20):  # what has come, also if that is a byte
+                    bar.update(file.write(piece))
+                    check(1e4 * (time.monotonic() - started - 30) < file.tell() < 1e9,
+                          "it sends less than 10 kB a second, or more than 1 GB")
             h5py.File(part).close()  # neither cut off nor an error page
             check(name not in checksums() or sha256(part) in checksums(), "not D4RL's checksum")
             return part.rename(path)
@@ -788,7 +789,6 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
 class Data:
     """Transitions as the environment gave them, but with actions in [-1, 1]: D's N rows, then the
     learner's own. What networks see is (row - shift) / scale."""
-
     def __init__(self, rows: int, state_dim: int, action_dim: int, device: str):
         self.widths = state_dim, action_dim, 1, state_dim, 1
         self.rows = torch.zeros(rows, sum(self.widths), device=device)
@@ -861,8 +861,7 @@ def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, 
     """Undiscounted returns (episodes,), of raw states (E, O) -> actions (E, A) in [-1, 1]."""
     returns, seed = np.zeros(episodes), int(np.random.SeedSequence(seed).generate_state(1)[0])
     for first in range(0, episodes, len(envs)):  # an episode in each environment
-        alive = range(first, min(first + len(envs), episodes))
-        states = {i: envs[i - first].reset(seed=seed + i)[0] for i in alive}
+        states = {i: env.reset(seed=seed + i)[0] for i, env in zip(range(first, episodes), envs)}
         while states:
             actions = policy(np.stack(list(states.values()))).cpu().numpy()
             for i, action in zip(list(states), actions, strict=True):
@@ -883,12 +882,12 @@ def run_folder(args: argparse.Namespace) -> Path:
 def claim(folder: Path, config: dict) -> io.TextIOBase:
     """Writes config.json, unless another run's is there, and keeps other processes out of the
     folder until the returned file is closed. Raises BadInput."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, path, old = (folder / "lock").open("w"), folder / "config.json", config
-    try:
+    path, old = folder / "config.json", config
+    with blame(f"--out {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    with blame(f"another process trains in {folder}", BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"another process trains in {folder}") from None
     if path.is_file():
         with blame(f"{path} can't be read; rm -r {folder} begins anew"):
             old = dict(json.loads(path.read_text("utf-8")))
@@ -905,7 +904,6 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
     graphs, calls = {}, {False: 0, True: 0}
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # where PyTorch wants the warm-up to run
-
     def replay(delayed: bool) -> dict[str, Tensor]:
         calls[delayed] += 1
         if calls[delayed] <= 3:  # to warm up, as capturing asks for
@@ -916,7 +914,6 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
                 graphs[delayed] = graph, advance(delayed)
         graphs[delayed][0].replay()
         return graphs[delayed][1]
-
     return replay
 
 def train(args: argparse.Namespace) -> Path:
@@ -963,7 +960,7 @@ def train(args: argparse.Namespace) -> Path:
 
     # The run's folder: a new run, one to go on with, or a finished one.
     versions = {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)} | {
-        "commit": os.popen(f"git -C '{HERE}' rev-parse HEAD 2>/dev/null").read().strip()}
+        "commit": os.popen(f"git -C {str(HERE)!r} rev-parse HEAD 2>/dev/null").read().strip()}
     config = vars(args) | about | about_data | {"versions": versions}
     config["budget"] = "inf" if math.isinf(args.budget) else args.budget  # JSON has no infinity
     _lock = claim(folder, config)
@@ -1080,7 +1077,7 @@ Next: python oap.py --scheme oap --env pen-human-v1; README.md has more.""")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2, after one line, for what the user can correct."""
-    sys.path.append(os.getcwd())  # for black boxes and environments of one's own
+    sys.path.append("")  # for black boxes and environments of one's own
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more hardly help
     try:
@@ -1088,10 +1085,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
-    except (BadInput, OSError) as error:
+    except BadInput as error:
         message = " ".join(str(error).split())
-        if isinstance(error, BrokenPipeError):  # nobody reads the output any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):  # a black box's or an environment's own
+            raise
+        message = f"nobody reads the output, or a disk is full: {error}"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"oap.py: {message}", file=sys.stderr)
     return 2
 
