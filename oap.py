@@ -18,7 +18,7 @@ Where the paper is in this file:
     l_i, Table 5        which samples to ask about        divergence, select_queries
     Eq. 3, Eq. 4        RankNet's loss; pseudo queries    ranknet_loss, pseudo_query
     Eq. 5, Eq. 6        the adjusted policy constraint    td3bc_actor_loss, iql_actor_loss
-    Eq. 7               how much better ã is than a       OAP.value_gain; --audit
+    Eq. 7               how much better ã is than a       OAP.improvement; --audit
     Table 3, Figure 7   variants                          --budget inf, --no-ranknet, --timing
 
 What the paper leaves open, and what is done here:
@@ -28,21 +28,21 @@ What the paper leaves open, and what is done here:
  2. Samples never asked come first. If a round needs more (pen-human has under 5,000 in all), the
     most divergent others are asked again, about the new π(s). None is asked twice in one round.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
- 4. ã does not move between rounds: it is the policy's action as it was when it was preferred.
+ 4. ã does not move between rounds: a preferred π(s) is kept as the action that it was then.
     Asked samples keep the black box's answer. RankNet answers anew, in each round, for the others.
- 5. RankNet goes on from round to round, 100 epochs over all of D_q in each (Table 5), in batches
-    of 256. It sees states normalised by D's mean and deviation, whatever the algorithm.
+ 5. RankNet goes on from round to round: 100 epochs over all of D_q in each (Table 5), in batches
+    of 256, with the others' learning rate. It sees normalised states, whatever the algorithm.
  6. Eq. 6 is not printed for IQL: ã replaces a in the advantage-weighted regression, both in the
     weight exp(β(Q(s, ã) - V(s))) and in the likelihood. V and Q learn from the data's action.
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
  8. Every round asks K M_inter / N_train samples; the 100k updates after N_train ask nothing.
  9. IQL's actor has its authors' cosine decay of the learning rate in `offline`, `online` and
     `online-mix` alone: with it, OAP's last rounds would hardly change the policy.
-10. Interactions are spread evenly over their phase; without D, the first 1,000 come before it, with
-    random actions. TD3+BC explores with noise, IQL by sampling. Batches are uniform over all rows.
-11. TD3+BC normalises states. IQL clips D's actions to 1 - 1e-5 and, but for AntMaze and Adroit,
-    scales rewards by 1000 / (best - worst return). AntMaze's rewards are lowered by 1 for both, as
-    IQL's authors do. An evaluation has 10 episodes, each on AntMaze with a goal of its own.
+10. Interactions are spread evenly over their phase; in `online`, 1,000 random ones come before it.
+    TD3+BC explores with noise, IQL by sampling. Batches are uniform; own transitions have ã = a.
+11. With D, TD3+BC normalises states; IQL clips D's actions to 1 - 1e-5 and, except on AntMaze and
+    Adroit, scales rewards by 1000 / (best - worst return). AntMaze's rewards are lowered by 1 for
+    both, as IQL's authors do. An evaluation has 10 episodes, each on AntMaze with its own goal.
 """
 
 import argparse
@@ -84,28 +84,31 @@ HERE = Path(__file__).resolve().parent
 
 class Scheme(NamedTuple):
     data: bool  # does it learn from the dataset D?
-    spends: str  # what the budget K counts: "queries", "interactions" or nothing
+    acts: bool  # does it act in the environment? Then K is a number of interactions
+    asks: bool  # does it ask the black box? Then K is a number of queries
     timing: str  # when K is spent: "interval", during the first phase; "ft", after it
     finetune: bool  # is there a second phase, of --finetune-steps updates?
 
 SCHEMES = {
-    "offline":    Scheme(data=True,  spends="",             timing="interval", finetune=False),
-    "online":     Scheme(data=False, spends="interactions", timing="interval", finetune=False),
-    "online-mix": Scheme(data=True,  spends="interactions", timing="interval", finetune=False),
-    "o2o":        Scheme(data=True,  spends="interactions", timing="ft",       finetune=True),
-    "oap":        Scheme(data=True,  spends="queries",      timing="interval", finetune=True),
+    "offline":    Scheme(data=True,  acts=False, asks=False, timing="interval", finetune=False),
+    "online":     Scheme(data=False, acts=True,  asks=False, timing="interval", finetune=False),
+    "online-mix": Scheme(data=True,  acts=True,  asks=False, timing="interval", finetune=False),
+    "o2o":        Scheme(data=True,  acts=True,  asks=False, timing="ft",       finetune=True),
+    "oap":        Scheme(data=True,  acts=False, asks=True,  timing="interval", finetune=True),
 }
-PER_DOMAIN = {  # defaults: Table 5's, and choice 11's
-    "gym": dict(td3bc_alpha=2.5, iql_beta=3.0, iql_expectile=0.7, iql_dropout=0, reward_shift=0),
-    "antmaze": dict(td3bc_alpha=2.5, iql_beta=10, iql_expectile=.9, iql_dropout=0, reward_shift=-1),
-    "adroit": dict(td3bc_alpha=0.1, iql_beta=.5, iql_expectile=0.7, iql_dropout=.1, reward_shift=0),
+PER_DOMAIN = {  # Table 5; reward_shift is choice 11's
+    "td3bc_alpha":   {"gym": 2.5, "antmaze": 2.5, "adroit": 0.1},
+    "iql_beta":      {"gym": 3.0, "antmaze": 10., "adroit": 0.5},
+    "iql_expectile": {"gym": 0.7, "antmaze": 0.9, "adroit": 0.7},
+    "iql_dropout":   {"gym": 0.0, "antmaze": 0.0, "adroit": 0.1},
+    "reward_shift":  {"gym": 0.0, "antmaze": -1., "adroit": 0.0},
 }
 
 class BadInput(ValueError):
     """A mistake that the user can correct: `main` prints it as one line and returns 2."""
 
-def check(right: bool, problem: str) -> None:
-    if not right:
+def check(condition: bool, problem: str) -> None:
+    if not condition:
         raise BadInput(problem)
 
 @contextlib.contextmanager
@@ -137,12 +140,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--algo", choices=ALGORITHMS, default="td3bc", help="offline RL algorithm")
     add("--seed", type=whole, default=0, help="of all random numbers")
     add("--dataset", default="", help="hdf5 file in D4RL's format instead of the task's own")
-    add("--expert", default=derived, help="see load_black_box; default: experts/ROBOT.pt")
+    add("--expert", default=derived, help="black box (README); default: experts/ROBOT.pt")
     add("--out", default="runs", help="folder of all runs")
     add("--tag", default="", help="appended to the name of the run's folder")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="TF32")
-    add("--cuda-graph", action=switch, default=False, help="not yet run on a GPU")
+    add("--cuda-graph", action=switch, default=False, help="not yet tried on a GPU")
     add("--checkpoint-every", type=count, default=20_000, help="updates between checkpoints")
     add("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
@@ -150,20 +153,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=number(1, high=math.inf), default=1e5, help="queries or interactions, K")
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
     add("--timing", choices=("interval", "ft"), default=derived, help="Figure 7; default: scheme's")
-    add("--ranknet", action=switch, default=True, help="Table 3's OAP(w/ RN) has none")
+    add("--ranknet", action=switch, default=True, help="without: Table 3's OAP(w/ RN)")
     add("--ranknet-epochs", type=whole, default=100, help="over D_q, in each round")
-    add("--audit", action=switch, default=False, help="RankNet, Eq. 7, Figure 6; no queries")
+    add("--audit", action=switch, default=False, help="measure RankNet, Eq. 7 and Figure 6")
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
     add("--eval-episodes", type=count, default=10, help="per evaluation")
-    add("--normalize", action=switch, default=derived, help="states; default: for td3bc")
-    add("--reward-scale", action=switch, default=derived, help="choice 11; default: for iql")
+    add("--normalize", action=switch, default=derived, help="states; default: td3bc with D")
+    add("--reward-scale", action=switch, default=derived, help="choice 11; default: iql with D")
     add("--reward-shift", type=number(-1e15), default=derived, help="default: 0; AntMaze -1")
     add("--batch-size", type=count, default=256, help="samples per update")
     add("--lr", type=least0, default=3e-4, help="Adam's learning rate, of every network")
     add("--discount", type=share, default=0.99, help="gamma")
     add("--polyak", type=share, default=0.005, help="update rate of target networks")
-    add("--random-steps", type=count, default=1_000, help="at first, without D")
-    add("--td3bc-alpha", type=least0, default=derived, help="lambda; default: 2.5; Adroit 0.1")
+    add("--random-steps", type=count, default=1_000, help="before the first update, without D")
+    add("--td3bc-alpha", type=least0, default=derived, help="Table 5's lambda; 2.5; Adroit 0.1")
     add("--policy-noise", type=least0, default=0.2, help="of the target policy")
     add("--noise-clip", type=least0, default=0.5, help="bound of --policy-noise")
     add("--policy-delay", type=count, default=2, help="critic updates per update of the actor")
@@ -175,19 +178,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     scheme, robot = SCHEMES[args.scheme], find_robot(args.env)
     args = argparse.Namespace(**{
-        **PER_DOMAIN[robot.domain],
+        **{name: default[robot.domain] for name, default in PER_DOMAIN.items()},
         "timing": scheme.timing, "normalize": scheme.data and args.algo == "td3bc",
         "reward_scale": scheme.data and args.algo == "iql" and robot.domain == "gym",
         "expert": str(HERE / "experts" / f"{robot.name}.pt"), **vars(args)})
     check(not scheme.data or args.dataset or robot in ROBOTS,
           f"--env {args.env} is no task of the paper's robots: it needs --dataset FILE")
     check(args.timing != "ft" or scheme.finetune, f"--timing ft: {args.scheme} has one phase")
-    check(scheme.spends != "interactions" or args.budget % 1 == 0, "--budget is no whole number")
-    check(scheme.spends != "queries" or max(query_rounds(args).values(), default=0) >= 1,
+    check(not scheme.acts or args.budget % 1 == 0, "--budget is no whole number")
+    check(not scheme.asks or max(query_rounds(args).values(), default=0) >= 1,
           "nothing would be asked: --interval is longer than --steps, or --budget is too small")
     check(scheme.data or not (args.normalize or args.reward_scale or args.audit),
           f"--normalize, --reward-scale and --audit need D, and {args.scheme} has none")
-    check(args.eval_every <= args.steps + args.finetune_steps * scheme.finetune,
+    args.finetune_steps *= scheme.finetune
+    check(args.eval_every <= args.steps + args.finetune_steps,
           "--eval-every is longer than the run: nothing would be measured")
     check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
           "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
@@ -199,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ----------------------------------------------------------------------------------- OAP, section 3
 
 def query_rounds(args: argparse.Namespace) -> dict[int, float]:
-    """The updates after which a round comes, and how many samples it asks (choice 8)."""
+    """{the update after which a round comes: how many samples it asks about} (choice 8)."""
     every = args.steps if args.timing == "ft" else args.interval
     return dict.fromkeys(range(every, args.steps + 1, every), args.budget * every / args.steps)
 
@@ -210,7 +214,7 @@ def divergence(action: Tensor, policy_action: Tensor) -> Tensor:
 def select_queries(ranking: Tensor, asked: Tensor, count: int) -> Tensor:
     """Indices (count,) of samples, never asked first (Table 5), then the most divergent."""
     order = ranking.argsort(descending=True, stable=True)  # (N,)
-    return order[asked[order].byte().argsort(stable=True)][:count]
+    return torch.cat([order[~asked[order]], order[asked[order]]])[:count]
 
 class RankNet(nn.Module):
     """The ranking function f_r(s, a): "3 MLP layers", with Table 5's widths and dropout."""
@@ -228,15 +232,15 @@ def ranknet_loss(ranknet: nn.Module, state: Tensor, action: Tensor, policy_actio
     return F.binary_cross_entropy_with_logits(o, prefers_data.to(o.dtype))
 
 def pseudo_query(ranknet: nn.Module, state: Tensor, action: Tensor, other: Tensor) -> Tensor:
-    """Eq. 4: does RankNet find `action` at least as good as `other`? (B,) bools."""
-    return ranknet(state, action) >= ranknet(state, other)
+    """Eq. 4: does RankNet find `action` at least as good as `other`? (N,) bools."""
+    return in_chunks(lambda s, a, b: ranknet(s, a) >= ranknet(s, b), state, action, other)
 
 class OAP(nn.Module):
     """Algorithm 1's state for a dataset D of N samples: ã, the query dataset D_q, and RankNet.
 
-    An algorithm whose policy constraint uses `preferred` (N, A) instead of `action` (N, A), and
-    which calls `round` now and then, has become OAP. `state` (N, O) is what the policy and the
-    black box take; RankNet is any module f(state, action) -> (B,), of normalised states, or None.
+    To turn an offline algorithm into OAP, let its policy constraint use `preferred` (N, A) instead
+    of `action` (N, A), and call `round` every M_inter updates. `state` (N, O) is what the policy
+    and the black box take. RankNet, f(state, action) -> (B,) of normalised states, may be None.
     """
     def __init__(self, state: Tensor, action: Tensor, black_box: "BlackBox",
                  ranknet: nn.Module | None, epochs: int = 100, lr: float = 3e-4,
@@ -248,11 +252,10 @@ class OAP(nn.Module):
         self.epochs, self.batch_size = epochs, batch_size
         self.optimizers = [] if ranknet is None else [adam(ranknet, lr)]
         self.register_buffer("preferred", action.clone())  # ã_i = a_i
-        # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are D's rows that were asked, each with its last answer.
-        # One is asked again only when all were asked, and RankNet has nothing left to answer.
+        # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows that were asked, each with its last answer:
+        # one is asked again only in a round that leaves RankNet nothing to answer.
         self.register_buffer("asked", torch.zeros_like(action[:, 0], dtype=torch.bool))  # (N,)
         self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A) π^k(s_k)
-        self.register_buffer("prefers_data", torch.zeros_like(self.asked))  # (N,) is ã_k = a_k?
 
     def round(self, policy: Callable[[Tensor], Tensor], count: int) -> dict[str, float]:
         """The body of Algorithm 1's "if": asks about `count` samples, sets ã, returns a log."""
@@ -261,22 +264,24 @@ class OAP(nn.Module):
         chosen = select_queries(ranking, self.asked, count)  # (k,)
         answers = self.black_box(self.state[chosen], self.action[chosen], pi[chosen])  # Eq. 2
         self.asked[chosen] = True
-        self.policy_action[chosen], self.prefers_data[chosen] = pi[chosen], answers
+        self.policy_action[chosen] = pi[chosen]
         self.preferred[chosen] = torch.where(answers[:, None], self.action[chosen], pi[chosen])
         log = {"divergence": ranking.mean().item(),
                "prefers_policy": 1 - answers.float().mean().item(),
-               "asked_gain": self.value_gain(self.asked)}
+               "asked_gain": self.improvement(self.asked)}
         rest = (~self.asked).nonzero().squeeze(1)
-        if self.ranknet is not None and 0 < len(rest) < len(self.asked):
+        if self.ranknet is not None and self.asked.any() and len(rest):
             log["ranknet_loss"] = self.train_ranknet()  # Eq. 3
-            answers = self.pseudo_queries(rest, pi)  # Eq. 4
-            self.preferred[rest] = torch.where(answers[:, None], self.action[rest], pi[rest])
+            action, pi = self.action[rest], pi[rest]
+            answers = pseudo_query(self.ranknet, self.normalized[rest], action, pi)  # Eq. 4
+            self.preferred[rest] = torch.where(answers[:, None], action, pi)
         return log
 
     def train_ranknet(self) -> float:
         """Descends Eq. 3 for `epochs` over D_q. Returns the mean loss of the last one, in nats."""
+        prefers_data = (self.preferred == self.action).all(-1)  # (N,), also after a tie
         queries = [x[self.asked] for x in (
-            self.normalized, self.action, self.policy_action, self.prefers_data)]
+            self.normalized, self.action, self.policy_action, prefers_data)]
         losses = [torch.tensor(math.nan)]
         self.ranknet.train()  # with dropout
         for _ in range(self.epochs):
@@ -287,25 +292,22 @@ class OAP(nn.Module):
         self.ranknet.eval()
         return torch.stack(losses).mean().item()
 
-    def pseudo_queries(self, index: Tensor, pi: Tensor) -> Tensor:
-        return in_chunks(lambda i: pseudo_query(
-            self.ranknet, self.normalized[i], self.action[i], pi[i]), index)
-
-    def value_gain(self, rows: Tensor | slice) -> float:
-        """The mean of Q*(s, ã) - Q*(s, a) over rows of D; Eq. 7 over all. It costs no query."""
-        s, q = self.state[rows], self.black_box.value
-        return (q(s, self.preferred[rows]) - q(s, self.action[rows])).mean().item()
+    def improvement(self, index: Tensor | slice) -> float:
+        """The mean of Q*(s, ã) - Q*(s, a) over samples of D; Eq. 7 over all. It costs no query."""
+        s, q = self.state[index], self.black_box.value
+        return (q(s, self.preferred[index]) - q(s, self.action[index])).mean().item()
 
     def audit(self, policy: Callable[[Tensor], Tensor], samples: int = 10_000) -> dict[str, float]:
         """Eq. 7, and RankNet's accuracy on samples never asked. None of this may reach training."""
-        log = {"improvement": self.value_gain(slice(None))}
+        log = {"improvement": self.improvement(slice(None))}
         rest = (~self.asked).nonzero().squeeze(1)
         if len(rest) and self.ranknet is not None:
-            rest, pi = rest[:: math.ceil(len(rest) / samples)], in_chunks(policy, self.state)
-            truth = self.black_box.answer(self.state[rest], self.action[rest], pi[rest])
-            right = self.pseudo_queries(rest, pi) == truth
+            rest = rest[:: math.ceil(len(rest) / samples)]
+            state, action, pi = self.state[rest], self.action[rest], policy(self.state[rest])
+            truth = self.black_box.answer(state, action, pi)
+            correct = pseudo_query(self.ranknet, self.normalized[rest], action, pi) == truth
             log |= {"unasked_prefer_policy": 1 - truth.float().mean().item(),
-                    "ranknet_accuracy": right.float().mean().item()}
+                    "ranknet_accuracy": correct.float().mean().item()}
         return log
 
 # ----------------------------------------------------------------------------------------- networks
@@ -338,7 +340,7 @@ class Actor(nn.Module):
         return self.net(state).tanh()  # (B, A)
 
 class GaussianActor(Actor):
-    """IQL's π(a|s): a Gaussian around π(s) whose deviation does not depend on s."""
+    """IQL's π(a|s): a Gaussian around π(s), whose standard deviation does not depend on s."""
     def __init__(self, state_dim: int, action_dim: int, dropout: float = 0.0):
         super().__init__(state_dim, action_dim, dropout)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -367,7 +369,7 @@ def polyak_update(target: nn.Module, net: nn.Module, rate: float) -> None:
 @torch.no_grad()
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int = 1024) -> Tensor:
     """function(*tensors) without gradients, piece by piece: all of D at once would be slow."""
-    whole = None  # the result in one place: a list of pieces would scatter them over the heap
+    whole = None  # allocated once: a list of many small pieces would take far more memory
     for start in range(0, max(1, len(tensors[0])), size):
         piece = function(*(t[start : start + size] for t in tensors))
         whole = piece.new_empty(len(tensors[0]), *piece.shape[1:]) if whole is None else whole
@@ -375,7 +377,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int = 102
     return whole
 
 def moments(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (O,) of states (N, O), as TD3+BC normalises with."""
+    """Mean and standard deviation (O,) of states (N, O), as TD3+BC normalises with."""
     wide = state.double()  # in float32, the sums of millions of large numbers would be wrong
     return wide.mean(0).to(state.dtype), wide.std(0, correction=0).to(state.dtype) + 1e-3
 
@@ -387,7 +389,7 @@ class Batch(NamedTuple):
     reward: Tensor  # (B,)
     next_state: Tensor  # (B, O)
     done: Tensor  # (B,): 1 after a terminal state; 0 otherwise, and after a timeout
-    preferred: Tensor  # (B, A): ã, where the policy constraint pulls; equal to a, but under OAP
+    preferred: Tensor  # (B, A): ã, towards which the policy constraint pulls; without OAP, a itself
 
 def bellman_loss(q: Tensor, target: Tensor) -> Tensor:
     """The squared errors of both Q (B, 2) to a target (B,)."""
@@ -408,8 +410,7 @@ class TD3BC(nn.Module):
         self.optimizers = [adam(self.actor, args.lr), adam(self.critic, args.lr)]
 
     def explore(self, state: Tensor) -> Tensor:
-        pi = self.actor(state)
-        return (pi + self.args.exploration_noise * torch.randn_like(pi)).clamp(-1, 1)
+        return torch.normal(self.actor(state), self.args.exploration_noise).clamp(-1, 1)
 
     def update(self, batch: Batch, delayed: bool) -> dict[str, Tensor]:
         """One update of the critic and, if `delayed`, of the actor and the target networks."""
@@ -417,8 +418,9 @@ class TD3BC(nn.Module):
         args, (actor_opt, critic_opt) = self.args, self.optimizers
         with torch.no_grad():
             noise = args.policy_noise * torch.randn_like(a)
-            a2 = self.actor_target(s2) + noise.clamp(-args.noise_clip, args.noise_clip)
-            next_q = self.critic_target(s2, a2.clamp(-1, 1)).amin(-1)  # (B,)
+            noise = noise.clamp(-args.noise_clip, args.noise_clip)
+            a2 = (self.actor_target(s2) + noise).clamp(-1, 1)
+            next_q = self.critic_target(s2, a2).amin(-1)  # (B,)
             target = r + args.discount * (1 - done) * next_q
         losses = {"critic_loss": descend(critic_opt, bellman_loss(self.critic(s, a), target))}
         if delayed:
@@ -435,14 +437,14 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
     return ((expectile - (error < 0).to(error.dtype)).abs() * error**2).mean()
 
 def iql_actor_loss(log_prob: Tensor, advantage: Tensor, beta: float) -> Tensor:
-    """Eq. 6 for IQL (choice 6), its authors' Eq. 7 of log π(ã|s) and Q(s, ã) - V(s), (B,) each."""
+    """Eq. 6 for IQL (choice 6): its authors' Eq. 7, of log π(ã|s) and A = Q(s, ã) - V(s), (B,)."""
     return -((beta * advantage).exp().clamp(max=100) * log_prob).mean()
 
 class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
     def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace):
         super().__init__()
-        self.args, self.t_max = args, math.inf if SCHEMES[args.scheme].finetune else args.steps
+        self.args, self.t_max = args, math.inf if args.finetune_steps else args.steps  # choice 9
         self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout)
         self.critic, self.value = Critic(state_dim, action_dim), mlp(state_dim, 256, 256, 1)
         self.critic_target = copy.deepcopy(self.critic)
@@ -465,7 +467,7 @@ class IQL(nn.Module):
             advantage = q_preferred - self.value(s).squeeze(-1)
             target = r + args.discount * (1 - done) * self.value(s2).squeeze(-1)
         decay = (1 + torch.cos(self.t * (math.pi / self.t_max))) / 2
-        actor_opt.param_groups[0]["lr"].copy_(args.lr * decay)  # choice 9
+        actor_opt.param_groups[0]["lr"].copy_(args.lr * decay)
         log_prob = self.actor.train().distribution(s).log_prob(preferred).sum(-1)  # with dropout
         self.actor.eval()
         actor_loss = descend(actor_opt, iql_actor_loss(log_prob, advantage, args.iql_beta))
@@ -502,13 +504,14 @@ def load(path: str | Path, device: str) -> dict:
         if "policy.pth" not in archive.namelist():
             return torch.load(path, device, weights_only=True)
         policy = torch.load(io.BytesIO(archive.read("policy.pth")), device, weights_only=True)
-        return policy | {"sb3": json.loads(archive.read("data"))}
+        critic = {k.removeprefix("critic."): x for k, x in policy.items() if "critic." in k[:7]}
+        return {"critic": critic, "sb3": json.loads(archive.read("data"))}
 
 class BlackBox:
     """The expert that OAP asks, at most `budget` times: is a at least as good as b in state s?
 
-    Behind it is q(s, a) -> (B,) of tensors, or prefer(s, a, b) -> (B,) bools of NumPy arrays, of
-    the environment's own states and of actions in [-1, 1].
+    It is made from q(s, a) -> (B,), of tensors, or from prefer(s, a, b) -> (B,) bools, of NumPy
+    arrays. Both get the environment's own states, and actions in [-1, 1].
     """
     def __init__(self, budget: float, q: Callable | None = None, prefer: Callable | None = None):
         self.budget, self.q, self.prefer, self.spent = budget, q, prefer, 0
@@ -556,16 +559,13 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
     saved, networks = load(spec, device), {}
     with blame(f"black box {spec}"):
         sb3 = saved.get("sb3", {})
-        for key, x in saved.get("critic", saved).items():  # weights and biases of each Q, in order
-            key = key.removeprefix("critic.")
-            if key.startswith("q") and isinstance(x, Tensor):
-                networks.setdefault(key.partition(".")[0], []).append(x)
+        for key, x in saved.get("critic", {}).items():  # weights and biases of each Q, in order
+            networks.setdefault(key.partition(".")[0], []).append(x)
         width = env.observation_space.shape[0] + env.action_space.shape[0]
-        seen = {len((sb3.get(k) or {}).get(":serialized:", "")) for k in (
-            "_last_obs", "_last_original_obs")}  # VecNormalize makes float32 of float64
+        seen = {len(str(sb3.get(k))) for k in ("_last_obs", "_last_original_obs")}
         activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
-        check(networks and "features_extractor" not in str(list(saved)), "it has no plain Q(s, a)")
-        check(len(seen) == 1, "its VecNormalize is missing")
+        check(networks and all(x.startswith("q") for x in networks), "it has no plain Q(s, a)")
+        check(len(seen) == 1, "its VecNormalize is missing")  # which makes float32 of float64
         check(activation.endswith(".ReLU'>"), f"{activation} is not ReLU")
         for first, *_, last in networks.values():
             check(first.shape[1] == width, f"Q takes {first.shape[1]} numbers, (s, a) has {width}")
@@ -658,8 +658,8 @@ class Env(gym.Wrapper):
 
     def finite(self, state: np.ndarray, reward: float = 0.0) -> tuple[np.ndarray, float]:
         state, reward = np.array(state, float), np.asarray(reward, float).item()
-        right = state.shape == self.observation_space.shape
-        check(right and np.isfinite(np.append(state, reward)).all(),
+        fits = state.shape == self.observation_space.shape
+        check(fits and np.isfinite(np.append(state, reward)).all(),
               f"{self.robot.gym_id} gave a state {state} and a reward {reward}")
         return state, reward
 
@@ -686,7 +686,7 @@ class Env(gym.Wrapper):
 def make_env(name: str) -> Env:
     """D4RL's environment of a task, with the physics of MuJoCo 2.1.0; or Gymnasium's, as it is."""
     robot = find_robot(name)
-    options = {} if robot.horizon is None else {"max_episode_steps": robot.horizon}
+    options = {"max_episode_steps": robot.horizon}  # None: the id's own
     with (tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(),
           contextlib.redirect_stderr(io.StringIO())):  # advice to use other versions than D4RL's
         warnings.simplefilter("ignore")
@@ -756,29 +756,31 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
     next_state is the next episode's start, which `done` masks. A file without timeouts has one
     where an episode reaches the horizon. Raises BadInput.
     """
-    keys, raw, age = ["observations", "actions", "rewards", "terminals", "timeouts"], {}, 0
-    shapes = [env.observation_space.shape, env.action_space.shape, (), (), ()]
+    raw, shapes = {}, {"observations": env.observation_space.shape,
+                       "actions": env.action_space.shape, "rewards": (), "terminals": ()}
     with blame(f"dataset {path}"), np.errstate(over="ignore"), h5py.File(path) as file:
         references = {k: float(file.attrs[k]) for k in REFERENCES if k in file.attrs}
         check(len(references) < 2 or len(set(references.values())) == 2, f"{REFERENCES} are equal")
-        for key, shape in list(zip(keys, shapes))[: 5 if "timeouts" in file else 4]:
+        shapes |= {"timeouts": ()} if "timeouts" in file else {}
+        for key, shape in shapes.items():
             raw[key] = np.asarray(file[key][()]).astype(np.float32, casting="same_kind")
             shape = len(raw["observations"]), *shape
             check(raw[key].shape == shape, f"{key} are {raw[key].shape}, not {shape}")
             check(np.isfinite(raw[key]).all(), f"some {key} are not finite numbers")
+        done, timeout = raw["terminals"] > 0, raw.get("timeouts", 0 * raw["terminals"]) > 0
         if "next_observations" in file:
-            other = np.abs(file["next_observations"][:-1] - raw["observations"][1:]).max(1) > 1e-3
-            other &= sum(raw[k] for k in keys[3:] if k in raw)[:-1] == 0  # but for episodes' ends
-            if other.sum() > 0.05 * len(other):
-                print(f"warning: {other.mean():.0%} of next_observations are not the next row's")
+            jump = np.abs(file["next_observations"][:-1] - raw["observations"][1:]).max(1) > 1e-3
+            jump &= ~(done | timeout)[:-1]  # where an episode goes on
+            if jump.sum() > 0.05 * len(jump):
+                print(f"warning: {jump.mean():.0%} of next_observations are not the next row's")
         inside = np.abs(raw["actions"] - env.middle) <= env.half * (1 + 1e-5)
         check(inside.all(), "some actions are outside of the environment's bounds")
-    state, action, reward = (raw[k] for k in keys[:3])
-    done, timeout = raw["terminals"] > 0, raw.get("timeouts", 0 * raw["terminals"]) > 0
+    state, action, reward = raw["observations"], raw["actions"], raw["rewards"]
     if "timeouts" not in raw:
+        age = 0  # d4rl's count of an episode's rows, which begins with 1 after a terminal row
         for i, terminal in enumerate(done):
             timeout[i] = age == env.spec.max_episode_steps - 1
-            age = 0 if timeout[i] else 1 if terminal else age + 1  # d4rl's count, off by one
+            age = 0 if timeout[i] else 1 if terminal else age + 1
     keep = np.flatnonzero(~timeout[:-1])
     check(len(keep), f"dataset {path}: no row is followed by another of its episode")
     trajectory = np.searchsorted(np.flatnonzero((done | timeout)[:-1]), keep)
@@ -788,11 +790,12 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
 
 class Data:
     """Transitions as the environment gave them, but with actions in [-1, 1]: D's N rows, then the
-    learner's own. What networks see is (row - shift) / scale."""
-    def __init__(self, rows: int, state_dim: int, action_dim: int, device: str):
+    learner's own. `sample` normalises states and scales rewards."""
+    def __init__(self, rows: int, state_dim: int, action_dim: int, device: str, reward_shift=0.0):
         self.widths = state_dim, action_dim, 1, state_dim, 1
         self.rows = torch.zeros(rows, sum(self.widths), device=device)
-        self.shift, self.scale = torch.zeros_like(self.rows[0]), torch.ones_like(self.rows[0])
+        self.mean, self.std = self.rows.new_zeros(state_dim), self.rows.new_ones(state_dim)
+        self.reward_scale, self.reward_shift = 1.0, reward_shift
         self.size = self.offline = 0  # rows in use, and N of them D's
         self.size_on_device = torch.zeros((), dtype=torch.long, device=device)  # for a CUDA graph
         self.preferred: Tensor | None = None  # (N, A): ã, where it is not a
@@ -811,40 +814,38 @@ class Data:
         return state, action, reward.squeeze(-1), next_state, done.squeeze(-1)
 
     def sample(self, count: int) -> Batch:
-        """Uniform over D and own transitions."""
+        """Uniform over D and own transitions. A CUDA graph would keep the bound of a randint."""
         index = torch.randint(2**62, (count,), device=self.rows.device) % self.size_on_device
-        columns = self.split((self.rows[index] - self.shift) / self.scale)
-        return Batch(*columns, columns[1] if self.preferred is None else self.preferred[index])
+        state, action, reward, next_state, done = self.split(self.rows[index])
+        state, next_state = (state - self.mean) / self.std, (next_state - self.mean) / self.std
+        reward = reward * self.reward_scale + self.reward_shift
+        preferred = action if self.preferred is None else self.preferred[index]
+        return Batch(state, action, reward, next_state, done, preferred)
 
 def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
     """D, with room for interactions, and what config.json says of it. Raises BadInput."""
     scheme, known, about = SCHEMES[args.scheme], env.robot in ROBOTS, {}
     url, low, high = d4rl_infos(args.env) if known else ("", math.nan, math.nan)
-    rows = int(args.budget) if scheme.spends == "interactions" else 0
+    rows = int(args.budget) if scheme.acts else 0
     dims = env.observation_space.shape[0], env.action_space.shape[0]
-    mean, std, reward_scale = torch.zeros(dims[0]), torch.ones(dims[0]), 1.0
     if scheme.data:
         path = Path(args.dataset or dataset_file(url))
         raw, about = load_dataset(path, env)
         about |= {"dataset_sha256": sha256(path), "data_return": raw["returns"].mean().item()}
         if known and about["dataset_sha256"] not in checksums():
             print(f"note: by its checksum, {path} is not known to be D4RL's file of {args.env}")
-        if args.normalize:
-            mean, std = moments(torch.as_tensor(raw["state"]))
-        if args.reward_scale:
-            reward_scale = 1000 / float(np.ptp(raw["returns"]) or 1000)
         rows += len(raw["reward"])
     about |= dict(zip(REFERENCES, (low, high))) if known else {}
-    data = Data(rows, *dims, args.device)
-    for row, of_states, of_rewards in ((data.shift, mean, -args.reward_shift / reward_scale),
-                                       (data.scale, std, 1 / reward_scale)):
-        state, _, reward, next_state, _ = data.split(row)  # views
-        state.copy_(of_states), next_state.copy_(of_states), reward.fill_(of_rewards)
+    data = Data(rows, *dims, args.device, args.reward_shift)
     if scheme.data:
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
         action = ((raw["action"] - env.middle) / env.half).clip(-limit, limit)
         data.append(raw["state"], action, raw["reward"], raw["next_state"], raw["done"])
         data.offline = data.size
+        if args.normalize:
+            data.mean, data.std = moments(data.split(data.rows[: data.size])[0])
+        if args.reward_scale:
+            data.reward_scale = 1000 / float(np.ptp(raw["returns"]) or 1000)
     return data, about
 
 # ------------------------------------------------------------------------- evaluation and training
@@ -855,7 +856,7 @@ COLUMNS = (
 ).split()
 SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
 REFERENCES = "ref_min_score", "ref_max_score"  # the returns that score 0 and 100
-FREE = "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions"
+MAY_CHANGE = "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions"
 
 def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, ...]) -> np.ndarray:
     """Undiscounted returns (episodes,), of raw states (E, O) -> actions (E, A) in [-1, 1]."""
@@ -874,14 +875,14 @@ def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, 
 def run_folder(args: argparse.Namespace) -> Path:
     """<out>/<env>/<algo>-<scheme>[-ft|-interval|-inf|-no-ranknet][-tag]/<seed>."""
     scheme, env = SCHEMES[args.scheme], re.sub(r"[^\w.-]", "-", args.env)
-    asks, timing = scheme.spends == "queries", args.timing * (args.timing != scheme.timing)
-    variant = "inf" * (asks and args.budget == math.inf), "no-ranknet" * (asks and not args.ranknet)
-    name = "-".join(filter(None, (args.algo, args.scheme, timing, *variant, args.tag)))
-    return Path(args.out, env, name, str(args.seed))
+    variants = {args.timing: args.timing != scheme.timing,
+                "inf": scheme.asks and math.isinf(args.budget),
+                "no-ranknet": scheme.asks and not args.ranknet, args.tag: bool(args.tag)}
+    names = args.algo, args.scheme, *(name for name, applies in variants.items() if applies)
+    return Path(args.out, env, "-".join(names), str(args.seed))
 
 def claim(folder: Path, config: dict) -> io.TextIOBase:
-    """Writes config.json, unless another run's is there, and keeps other processes out of the
-    folder until the returned file is closed. Raises BadInput."""
+    """Writes config.json; BadInput if another run's is there. The returned file is a lock."""
     path, old = folder / "config.json", config
     with blame(f"--out {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -892,7 +893,7 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
         with blame(f"{path} can't be read; rm -r {folder} begins anew"):
             old = dict(json.loads(path.read_text("utf-8")))
     changed = [f"{k} {old.get(k)}, not {v}" for k, v in config.items()
-               if k not in FREE and str(old.get(k)) != str(v)]
+               if k not in MAY_CHANGE and str(old.get(k)) != str(v)]
     check(not changed, f"{folder} has a run with {'; '.join(changed)}: --tag names another run,"
           f" rm -r {folder} begins anew")
     write(path, json.dumps(config, indent=2).encode())
@@ -918,13 +919,12 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
 
 def train(args: argparse.Namespace) -> Path:
     """Runs a scheme; with --scheme oap, Algorithm 1. Returns the run's folder. Raises BadInput.
-    A stopped run goes on to the same end, on a CPU to the bit, but for a new episode if it acts."""
+    A stopped run goes on to the same end, on a CPU to the bit; if it acts, in a new episode."""
     scheme, device, folder = SCHEMES[args.scheme], torch.device(args.device), run_folder(args)
-    asks, interacts = scheme.spends == "queries", scheme.spends == "interactions"
-    updates = args.steps + args.finetune_steps * scheme.finetune
+    asks, interacts, updates = scheme.asks, scheme.acts, args.steps + args.finetune_steps
     rng = torch.cuda if device.type == "cuda" else torch  # where all random numbers come from
-    if rng is torch.cuda:
-        rng.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
 
@@ -934,13 +934,12 @@ def train(args: argparse.Namespace) -> Path:
         black_box, about = load_black_box(
             args.expert, envs[0], args.budget if asks else 0, args.device)
     data, about_data = load_data(args, envs[0])
-    state, action = (x[: data.offline] for x in data.split(data.rows)[:2])  # (N, O), (N, A), raw
-    mean, std, dims = data.split(data.shift)[0], data.split(data.scale)[0], data.widths[:2]
+    dims, (state, action) = data.widths[:2], data.split(data.rows[: data.offline])[:2]  # D's, raw
     agent = ALGORITHMS[args.algo](*dims, args)
     learner, optimizers = nn.ModuleDict({"agent": agent}), list(agent.optimizers)
     if asks:
-        black_box.answer(state[:2], action[:2], action[:2])  # ties tell nothing; a misfit shows now
-        ranknet = RankNet(*dims).to(device).eval() if args.ranknet else None
+        black_box.answer(state[:2], action[:2], action[:2])  # a misfit shows now; ties tell nothing
+        ranknet = RankNet(*dims).to(device) if args.ranknet else None
         oap = OAP(state, action, black_box, ranknet, args.ranknet_epochs, args.lr)
         learner["oap"], optimizers = oap, optimizers + oap.optimizers
         rounds = {t: int(min(count, len(state))) for t, count in query_rounds(args).items()}
@@ -953,7 +952,8 @@ def train(args: argparse.Namespace) -> Path:
 
     @torch.no_grad()
     def act(state: np.ndarray | Tensor, policy: Callable[[Tensor], Tensor] = agent.actor) -> Tensor:
-        return policy((torch.as_tensor(state, dtype=torch.float32, device=device) - mean) / std)
+        state = torch.as_tensor(state, dtype=torch.float32, device=device)
+        return policy((state - data.mean) / data.std)
 
     def advance(delayed: bool) -> dict[str, Tensor]:
         return agent.update(data.sample(args.batch_size), delayed)  # Eq. 6
@@ -967,21 +967,21 @@ def train(args: argparse.Namespace) -> Path:
     if (folder / "model.pt").is_file():
         print(f"{folder} is finished")
         return folder
-    checkpoint, rows, log, losses, done, seconds = folder / "checkpoint.pt", [], {}, {}, 0, 0.0
+    checkpoint, rows, log, losses, step, seconds = folder / "checkpoint.pt", [], {}, {}, 0, 0.0
     if checkpoint.is_file():
         saved = load(checkpoint, args.device)
         with blame(f"{checkpoint} is another run's; rm -r {folder} begins anew"):
-            done, rows, log, losses, seconds = (
+            step, rows, log, losses, seconds = (
                 saved[k] for k in ("step", "rows", "log", "losses", "seconds"))
             learner.load_state_dict(saved["learner"])
             for optimizer, x in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(x)
             if asks:
-                black_box.spent = sum(count for t, count in rounds.items() if t <= done)
+                black_box.spent = sum(count for t, count in rounds.items() if t <= step)
             if interacts:
                 data.append(*data.split(saved["own"]))
             rng.set_rng_state(saved["rng"].cpu())
-        print(f"{folder} continues after update {done:,}")
+        print(f"{folder} continues after update {step:,}")
     if args.wandb:
         with blame("--wandb"):
             import wandb
@@ -990,7 +990,7 @@ def train(args: argparse.Namespace) -> Path:
     low, high = (about_data.get(k, math.nan) for k in REFERENCES)
     started = time.monotonic() - seconds
 
-    for step in tqdm(range(done + 1, updates + 1), initial=done, total=updates, disable=None):
+    for step in tqdm(range(step + 1, updates + 1), initial=step, total=updates, disable=None):
         if interacts:  # as often as is due by now; without D, first some random actions
             due = args.budget * min(max(step - start, 0), stop - start) // (stop - start)
             while (n := data.size - data.offline) < max(due, random_steps):
@@ -1045,7 +1045,7 @@ def train(args: argparse.Namespace) -> Path:
                  value_gain=(q(state, pi) - q(state, action)).cpu())
         write(folder / "audit.npz", npz.getvalue())
     save(folder / "model.pt", final | {
-        "env": args.env, "algo": args.algo, "rows": rows, "mean": mean, "std": std,
+        "env": args.env, "algo": args.algo, "rows": rows, "mean": data.mean, "std": data.std,
         "actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()})
     checkpoint.unlink(missing_ok=True)
     print(f"{folder}: {', '.join(f'{k} {x:,.1f}' for k, x in final.items() if not math.isnan(x))},"

@@ -42,7 +42,7 @@ COLORS = {  # Okabe and Ito's, which colour-blind readers can tell apart; also t
     "o2o-interval": "#CC79A7", "oap-ft": "#009E73", "oap-no-ranknet": "#D55E00",
     "oap-inf": "#56B4E9", "oap": "#0072B2", "expert": "#000000",
 }
-FREE = {*oap.FREE, "seed", "audit"}  # what seeds of a folder may differ in: an audit only measures
+FREE = {*oap.MAY_CHANGE, "seed", "audit"}  # what seeds of a folder may differ in
 
 def domain(task: str) -> str:
     return oap.find_robot(task).domain
