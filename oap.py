@@ -79,6 +79,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"  # of D4RL's files
 
 # ---------------------------------------------------------------------------- schemes and arguments
 
@@ -263,8 +264,7 @@ class OAP(nn.Module):
         ranking = divergence(self.action, pi)  # (N,)
         chosen = select_queries(ranking, self.asked, count)  # (k,)
         answers = self.black_box(self.state[chosen], self.action[chosen], pi[chosen])  # Eq. 2
-        self.asked[chosen] = True
-        self.policy_action[chosen] = pi[chosen]
+        self.asked[chosen], self.policy_action[chosen] = True, pi[chosen]
         self.preferred[chosen] = torch.where(answers[:, None], self.action[chosen], pi[chosen])
         log = {"divergence": ranking.mean().item(),
                "prefers_policy": 1 - answers.float().mean().item(),
@@ -418,9 +418,8 @@ class TD3BC(nn.Module):
         args, (actor_opt, critic_opt) = self.args, self.optimizers
         with torch.no_grad():
             noise = args.policy_noise * torch.randn_like(a)
-            noise = noise.clamp(-args.noise_clip, args.noise_clip)
-            a2 = (self.actor_target(s2) + noise).clamp(-1, 1)
-            next_q = self.critic_target(s2, a2).amin(-1)  # (B,)
+            a2 = self.actor_target(s2) + noise.clamp(-args.noise_clip, args.noise_clip)
+            next_q = self.critic_target(s2, a2.clamp(-1, 1)).amin(-1)  # (B,)
             target = r + args.discount * (1 - done) * next_q
         losses = {"critic_loss": descend(critic_opt, bellman_loss(self.critic(s, a), target))}
         if delayed:
@@ -527,7 +526,7 @@ class BlackBox:
         """The same without counting: for audits, never for what learns."""
         if self.q is not None:
             return self.value(state, action) >= self.value(state, other)
-        answer = np.asarray(self.prefer(*(x.cpu().numpy() for x in (state, action, other))))
+        answer = np.asarray(self.prefer(*(np.array(x.cpu()) for x in (state, action, other))))
         check(answer.shape == (len(state),) and np.isin(answer, (0, 1)).all(),
               f"black box: its answer to {len(state)} rows must be as many bools")
         return torch.as_tensor(answer.astype(bool), device=state.device)
@@ -548,7 +547,7 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
     of a function(states, a, b) -> (B,) bools, which gets the environment's own actions.
     """
     module, colon, name = spec.rpartition(":")
-    if colon and not Path(spec).is_file():
+    if colon and module.replace(".", "_").isidentifier():
         with blame(f"black box {spec}", ModuleNotFoundError):
             found, raw = importlib.import_module(module), env.raw_action
         function, file = getattr(found, name, None), getattr(found, "__file__", None)
@@ -567,16 +566,18 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         check(networks and all(x.startswith("q") for x in networks), "it has no plain Q(s, a)")
         check(len(seen) == 1, "its VecNormalize is missing")  # which makes float32 of float64
         check(activation.endswith(".ReLU'>"), f"{activation} is not ReLU")
+        other = find_robot(str(saved.get("env")))
+        check(other == env.robot or not {other, env.robot} <= {*ROBOTS}, f"it is for {other.name}")
         for first, *_, last in networks.values():
             check(first.shape[1] == width, f"Q takes {first.shape[1]} numbers, (s, a) has {width}")
             check(len(last) == 1, "it has quantiles instead of Q(s, a), as a TQC")
         critics = [mlp(width, *map(len, x[1::2])).to(device) for x in networks.values()]
         for critic, layers in zip(critics, networks.values(), strict=True):
             critic.load_state_dict(dict(zip(critic.state_dict(), layers, strict=True)))
+        value = float(saved["return"]) if "return" in saved else None  # of its policy
     def q(state: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([(state - saved.get("mean", 0)) / saved.get("std", 1), action], -1)
         return torch.cat([critic(x) for critic in critics], -1).amin(-1)
-    value = saved.get("return")  # of its policy, if the file says it
     return BlackBox(budget, q), {"expert_sha256": sha256(spec), "expert_return": value}
 
 # ------------------------------------------------------------------------------------- environments
@@ -660,7 +661,7 @@ class Env(gym.Wrapper):
         state, reward = np.array(state, float), np.asarray(reward, float).item()
         fits = state.shape == self.observation_space.shape
         check(fits and np.isfinite(np.append(state, reward)).all(),
-              f"{self.robot.gym_id} gave a state {state} and a reward {reward}")
+              f"{self.robot.gym_id}, or a policy that diverged, gave {state}, reward {reward}")
         return state, reward
 
     def reset(self, **kwargs):
@@ -713,8 +714,6 @@ def make_env(name: str) -> Env:
 
 # --------------------------------------------------------------------------------------------- data
 
-MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
-
 def d4rl_infos(task: str) -> tuple[str, float, float]:
     """A task's URL and the returns that score 0 and 100; d4rl's __init__ would need mujoco-py."""
     check(package := importlib.util.find_spec("d4rl"), "pip install --no-deps d4rl==1.1")
@@ -729,23 +728,25 @@ def dataset_file(url: str) -> Path:
     """A D4RL file in D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded if it is missing."""
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     server, _, name = url.rpartition("/")
-    path, part, failures = folder / name, folder / f"{name}.{os.getpid()}.part", ""
+    path, own, failures = folder / name, folder / f"{name}.{os.getpid()}", ""
     for source in () if path.is_file() else (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            started = time.monotonic()
-            with (urllib.request.urlopen(f"{source}/{name}", timeout=30) as reply, part.open("wb")
-                  as file, tqdm(desc=name, total=reply.length, unit="B", unit_scale=True) as bar):
+            started, content = time.monotonic(), bytearray()
+            with (urllib.request.urlopen(f"{source}/{name}", timeout=30) as reply,
+                  tqdm(desc=name, total=reply.length, unit="B", unit_scale=True) as bar):
                 while piece := reply.read1(2**20):  # what has come, also if that is a byte
-                    bar.update(file.write(piece))
-                    check(1e4 * (time.monotonic() - started - 30) < file.tell() < 1e9,
+                    content += piece
+                    bar.update(len(piece))
+                    check(1e4 * (time.monotonic() - started - 30) < len(content) < 1e9,
                           "it sends less than 10 kB a second, or more than 1 GB")
-            h5py.File(part).close()  # neither cut off nor an error page
-            check(name not in checksums() or sha256(part) in checksums(), "not D4RL's checksum")
-            return part.rename(path)
+            h5py.File(io.BytesIO(content)).close()  # neither cut off nor an error page
+            digest = hashlib.sha256(content).hexdigest()
+            check(name not in checksums() or f"{digest}  {name}" in checksums(), "wrong checksum")
+            write(own, content)
+            return own.rename(path)
         except Exception as error:  # whatever networks and servers raise
             failures += f"; {source}: {error}"
-            part.unlink(missing_ok=True)
     check(path.is_file(), f"put D4RL's file at {path}, or name it with --dataset{failures}")
     return path
 
@@ -760,7 +761,8 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
                        "actions": env.action_space.shape, "rewards": (), "terminals": ()}
     with blame(f"dataset {path}"), np.errstate(over="ignore"), h5py.File(path) as file:
         references = {k: float(file.attrs[k]) for k in REFERENCES if k in file.attrs}
-        check(len(references) < 2 or len(set(references.values())) == 2, f"{REFERENCES} are equal")
+        low, high = references.values() or (0, 1)
+        check(-math.inf < low < high < math.inf, f"{REFERENCES} are {low} and {high}")
         shapes |= {"timeouts": ()} if "timeouts" in file else {}
         for key, shape in shapes.items():
             raw[key] = np.asarray(file[key][()]).astype(np.float32, casting="same_kind")
@@ -832,7 +834,7 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
         path = Path(args.dataset or dataset_file(url))
         raw, about = load_dataset(path, env)
         about |= {"dataset_sha256": sha256(path), "data_return": raw["returns"].mean().item()}
-        if known and about["dataset_sha256"] not in checksums():
+        if known and f"{about['dataset_sha256']}  {url.rpartition('/')[2]}" not in checksums():
             print(f"note: by its checksum, {path} is not known to be D4RL's file of {args.env}")
         rows += len(raw["reward"])
     about |= dict(zip(REFERENCES, (low, high))) if known else {}
@@ -887,8 +889,8 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
     with blame(f"--out {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
-    with blame(f"another process trains in {folder}", BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with blame(f"another process trains in {folder}", BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if path.is_file():
         with blame(f"{path} can't be read; rm -r {folder} begins anew"):
             old = dict(json.loads(path.read_text("utf-8")))
@@ -931,8 +933,7 @@ def train(args: argparse.Namespace) -> Path:
     # The environments, the black box, D, the learner, and what OAP adds to it.
     envs, about = [make_env(args.env) for _ in range(min(args.eval_episodes, 10))], {}
     if asks or args.audit:
-        black_box, about = load_black_box(
-            args.expert, envs[0], args.budget if asks else 0, args.device)
+        black_box, about = load_black_box(args.expert, envs[0], args.budget, args.device)
     data, about_data = load_data(args, envs[0])
     dims, (state, action) = data.widths[:2], data.split(data.rows[: data.offline])[:2]  # D's, raw
     agent = ALGORITHMS[args.algo](*dims, args)
@@ -954,7 +955,6 @@ def train(args: argparse.Namespace) -> Path:
     def act(state: np.ndarray | Tensor, policy: Callable[[Tensor], Tensor] = agent.actor) -> Tensor:
         state = torch.as_tensor(state, dtype=torch.float32, device=device)
         return policy((state - data.mean) / data.std)
-
     def advance(delayed: bool) -> dict[str, Tensor]:
         return agent.update(data.sample(args.batch_size), delayed)  # Eq. 6
 

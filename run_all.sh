@@ -18,7 +18,7 @@ GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$all}} && export GPUS=${GPUS//,/ }
 jobs=${JOBS:-$(wc -w <<< "$GPUS")} && [ -z "$DRY_RUN" ] && [ "$jobs" -gt 1 ] || jobs=1
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 share=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
-shares=${SLURM_ARRAY_TASK_COUNT:-1} notes=$(mktemp -d) && export notes
+shares=${SLURM_ARRAY_TASK_COUNT:-1} notes=$(mktemp -d) && export notes || exit 2
 trap 'rm -rf "$notes"' EXIT
 [ $share -lt "$shares" ] || { echo "run_all.sh: --array must be a range" >&2; exit 2; }
 one_run() {  # in slot SLOT of all jobs: oap.py with the run's eight arguments, then the user's

@@ -90,7 +90,7 @@ def files(tmp_path_factory):
     oap.save(folder / "point.pt", {"critic": oap.Critic(2, 1).state_dict(), "return": 10.0,
                                    "mean": torch.tensor([10.0, 0.0]), "std": torch.ones(2)})
     (folder / "mine.py").write_text(
-        "def prefer(states, a, b):\n    x = states[:, 1] / 1000\n"
+        "def prefer(states, a, b):\n    states /= 1000\n    x = states[:, 1]\n"
         "    return abs(x + .3 * a[:, 0]) <= abs(x + .3 * b[:, 0])\n")
     return folder
 
@@ -678,14 +678,14 @@ def test_datasets_are_read_as_d4rl_does(tmp_path, seed):
            "actions": rng.uniform(-2, 3, (n, 1)), "terminals": rng.random(n) < 0.1}
     if seed % 2:
         raw["timeouts"] = (rng.random(n) < 0.1) & ~raw["terminals"]
-    path = write_hdf5(tmp_path / "d.hdf5", raw, ref_min_score=1.0)
+    path = write_hdf5(tmp_path / "d.hdf5", raw, ref_min_score=1.0, ref_max_score=2.0)
     read, references = oap.load_dataset(path, oap.make_env("Point-v0"))
     index, done = map(np.array, zip(*d4rl_rows(raw, 20), strict=True))
     for key, expected in {"state": raw["observations"][index], "action": raw["actions"][index],
                           "next_state": raw["observations"][index + 1], "done": done,
                           "reward": raw["rewards"][index]}.items():
         np.testing.assert_array_equal(read[key], expected.astype(read[key].dtype))
-    assert references == {"ref_min_score": 1.0}
+    assert references == {"ref_min_score": 1.0, "ref_max_score": 2.0}
     if seed % 2:
         ends = np.flatnonzero((raw["terminals"] | raw["timeouts"])[:-1]) + 1
         kept = [np.intersect1d(e, index) for e in np.split(np.arange(n), ends)]
@@ -738,8 +738,8 @@ def broken_datasets(folder):
         write_hdf5(folder / f"{name}.hdf5", arrays)
     with h5py.File(folder / "link.hdf5", "w") as file:
         file["observations"] = h5py.ExternalLink("nowhere.hdf5", "/x")
-    whole = (folder / "nan.hdf5").read_bytes()
-    (folder / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
+    write_hdf5(folder / "references.hdf5", good, ref_min_score=2.0, ref_max_score=1.0)
+    (folder / "cut.hdf5").write_bytes((folder / "nan.hdf5").read_bytes()[:2000])
     (folder / "html.hdf5").write_text("<html>Not found</html>")
     (folder / "empty.hdf5").touch()
     return [path.name for path in folder.glob("*.hdf5")] + ["missing.hdf5"]

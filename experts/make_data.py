@@ -35,6 +35,8 @@ def load_actor(path: str, env: oap.Env) -> tuple[Actor, dict]:
     saved, dims = oap.load(path, "cpu"), (env.observation_space.shape[0], env.action_space.shape[0])
     with oap.blame(f"{path} has no policy of train.py's for this environment"):
         (actor := Actor(*dims)).load_state_dict(saved["actor"])
+        other = oap.find_robot(saved["env"])
+        oap.check(other == env.robot or not {other, env.robot} <= {*oap.ROBOTS}, other.name)
     return actor, saved
 
 def uniform(state: Tensor | np.ndarray, env: oap.Env) -> Tensor:
@@ -74,7 +76,8 @@ def collect(name: str, actor: Actor | None, size: int, seed: int) -> Arrays:
 def replay(path: str, rows: int, env: oap.Env) -> Arrays:
     """The first transitions of a run of train.py. A timeout is where another episode follows."""
     data = oap.Data(1, env.observation_space.shape[0], env.action_space.shape[0], "cpu")
-    every = oap.load(path, "cpu")["transitions"]
+    with oap.blame(f"{path} has no transitions", KeyError):
+        every = oap.load(path, "cpu")["transitions"]
     oap.check(len(every) >= rows, f"{path} has {len(every):,} transitions, not {rows:,}")
     state, action, reward, next_state, done = (x.numpy() for x in data.split(every[:rows]))
     ends = np.append((next_state[:-1] != state[1:]).any(1), True)
@@ -121,7 +124,8 @@ def make(args: argparse.Namespace) -> None:
     oap.check(args.minari or quality != "medium-replay" or args.replay and args.rows,
               "medium-replay needs --replay, train.py's checkpoint.pt, and --rows")
     oap.check(not out.is_dir(), f"--out {out} is a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with oap.blame(f"--out {out}", OSError):
+        out.parent.mkdir(parents=True, exist_ok=True)
     attributes = {}
     if args.minari:
         arrays, attributes = from_minari(args.minari, env)

@@ -2,12 +2,14 @@
 
 import argparse
 import copy
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -220,6 +222,13 @@ def test_shipped_black_boxes(path):
     assert saved["mean"].shape == saved["std"].shape == env.observation_space.shape
     assert path.stat().st_size < 1.1e6
 
+def test_another_robot_s_black_box_is_refused():
+    env = oap.make_env("halfcheetah-medium-v2")  # of as many numbers as walker2d
+    for load in (lambda path: oap.load_black_box(path, env, 0, "cpu"),
+                 lambda path: make_data.load_actor(path, env)):
+        with pytest.raises(oap.BadInput, match=": .*walker2d$"):
+            load(str(HERE / "walker2d.pt"))
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not there")
 @pytest.mark.parametrize("name, task, original", [
     ("sac-Hopper-v3.zip", "hopper-medium-v2", 2259), ("dapg-pen.npz", "pen-expert-v1", 3077)])
@@ -236,7 +245,8 @@ def test_published_experts_return_what_they_did_in_the_original_stack(name, task
             noise = np.exp(p["log_std"]) * rng.normal(size=mean.shape)
             return torch.tensor(mean + noise).clamp(-1, 1)
     else:
-        w = oap.load(SHARED / "experts" / name, "cpu")
+        with zipfile.ZipFile(SHARED / "experts" / name) as archive:
+            w = torch.load(io.BytesIO(archive.read("policy.pth")), "cpu", weights_only=True)
 
         def policy(s):
             x = torch.as_tensor(s, dtype=torch.float32)

@@ -95,12 +95,13 @@ def train(args: argparse.Namespace) -> None:
     rows, done, seconds = [], 0, 0.0
     if (checkpoint := folder / "checkpoint.pt").is_file():
         saved = oap.load(checkpoint, device)
-        rows, done, seconds = saved["rows"], saved["step"], saved["seconds"]
-        agent.load_state_dict(saved["agent"])
-        for optimizer, state in zip(agent.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        data.append(*data.split(saved["transitions"]))
-        rng.set_rng_state(saved["rng"].cpu())
+        with oap.blame(f"{checkpoint} is another run's; rm -r {folder} begins anew"):
+            rows, done, seconds = saved["rows"], saved["step"], saved["seconds"]
+            agent.load_state_dict(saved["agent"])
+            for optimizer, state in zip(agent.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            data.append(*data.split(saved["transitions"]))
+            rng.set_rng_state(saved["rng"].cpu())
         print(f"{folder} continues after step {done:,}")
 
     @torch.no_grad()
@@ -153,7 +154,7 @@ def run(work: Callable[[], None]) -> int:
     try:
         work()
         return 0
-    except (oap.BadInput, OSError, KeyboardInterrupt) as error:
+    except (oap.BadInput, BrokenPipeError, KeyboardInterrupt) as error:
         message = str(error) or "interrupted; start the same command again"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         return 2

@@ -67,7 +67,7 @@ def read_run(folder: Path) -> dict:
         updates = config["steps"] + config["finetune_steps"] * (config["scheme"] in ("o2o", "oap"))
         due = updates - config["eval_every"]  # rows come at its multiples alone
         run = {"seed": int(config["seed"]), "data": data, "box": box,
-               "commit": config["versions"].get("commit") or "unknown",
+               "commit": str(config["versions"].get("commit") or "unknown"),
                "settings": {k: json.dumps(v) for k, v in config.items() if k not in FREE}}
         run["recipe"] = str(sorted(  # but for the name and the black box
             x for x in run["settings"].items() if x[0] != "tag" and not x[0].startswith("expert")))
@@ -78,12 +78,15 @@ def read_run(folder: Path) -> dict:
         oap.check(text.endswith("\n") and len(rows), "no row yet, or half a row")
         oap.check(rows.step.is_monotonic_increasing and rows.step.is_unique
                   and np.isfinite(rows["return"]).all(), "a wrong step or return")
+        oap.check(np.isfinite(rows.score).nunique() == 1, "only some scores are numbers")
     step, (score, value) = rows.step.iloc[-1], rows[["score", "return"]].to_numpy()[-10:].mean(0)
     oap.check(step > due, f"not finished, {step:,.0f} of {updates:,} updates")
     score = box if config["scheme"] == "expert" and np.isfinite(box) else score
     task, name = Path(os.path.abspath(folder)).parts[-3:-1]
-    if (digest := config.get("dataset_sha256")) and digest not in oap.checksums():
-        task += ", own data"  # which no published figure belongs beside
+    if digest := config.get("dataset_sha256"):
+        known = str(digest) in oap.checksums() and Path(oap.d4rl_infos(task)[0]).name
+        if not known or f"{digest}  {known}" not in oap.checksums():
+            task += ", own data"  # which no published figure belongs beside
     algo, _, label = name.partition("-")
     return run | {"task": task, "algo": algo, "label": label, "rows": rows, "step": step,
                   "normalised": np.isfinite(score), "score": score if np.isfinite(score) else value}
