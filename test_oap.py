@@ -524,7 +524,7 @@ def test_black_boxes_from_files(tmp_path, files, monkeypatch):
     box, about = oap.load_black_box("mine:prefer", env, 100, "cpu")
     state, best = torch.tensor([[10.0, 1000 * -0.15]]), torch.zeros(1, 1)  # its own 0.5
     assert box(state, best, best + 0.1).item() and not box(state, best + 0.1, best).item()
-    assert about == {"expert_sha256": f"{oap.sha256(files / 'mine.py')} prefer"}
+    assert about == {"expert_sha256": f"{oap.sha256(files / 'mine.py')} prefer"} and state[0, 1] == -150
 
 def test_files_that_are_no_black_boxes(tmp_path, files):
     class Pickled:
