@@ -522,9 +522,9 @@ def test_black_boxes_from_files(tmp_path, files, monkeypatch):
     assert about == {"expert_return": 10.0, "expert_sha256": oap.sha256(files / "point.pt")}
     monkeypatch.syspath_prepend(files)
     box, about = oap.load_black_box("mine:prefer", env, 100, "cpu")
-    state, best = torch.tensor([[10.0, 1000 * -0.15]]), torch.zeros(1, 1)  # its own 0.5
-    assert box(state, best, best + 0.1).item() and not box(state, best + 0.1, best).item()
-    assert about == {"expert_sha256": f"{oap.sha256(files / 'mine.py')} prefer"} and state[0, 1] == -150
+    state, best, worse = torch.tensor([[10.0, -150.0]]), torch.zeros(1, 1), torch.full((1, 1), 0.1)
+    assert box(state, best, worse) and not box(state, worse, best) and state[0, 1] == -150
+    assert about == {"expert_sha256": f"{oap.sha256(files / 'mine.py')} prefer"}
 
 def test_files_that_are_no_black_boxes(tmp_path, files):
     class Pickled:
