@@ -1091,7 +1091,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):  # a black box's or an environment's own
             raise
         message = f"nobody reads the output, or a disk is full: {error}"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit fails, too
     print(f"oap.py: {message}", file=sys.stderr)
     return 2
 
