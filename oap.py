@@ -661,7 +661,7 @@ class Env(gym.Wrapper):
         state, reward = np.array(state, float), np.asarray(reward, float).item()
         fits = state.shape == self.observation_space.shape
         check(fits and np.isfinite(np.append(state, reward)).all(),
-              f"{self.robot.gym_id}, or a policy that diverged, gave {state}, reward {reward}")
+              f"{self.robot.gym_id} gave a state {state}, reward {reward}, or was given NaN")
         return state, reward
 
     def reset(self, **kwargs):
