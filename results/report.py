@@ -68,7 +68,8 @@ def read_run(folder: Path) -> dict:
         due = updates - config["eval_every"]  # rows come at its multiples alone
         run = {"seed": int(config["seed"]), "data": data, "box": box,
                "commit": str(config["versions"].get("commit") or "unknown"),
-               "settings": {k: json.dumps(v) for k, v in config.items() if k not in FREE}}
+               "settings": {k: json.dumps(float(v) if type(v) is int else v)
+                            for k, v in config.items() if k not in FREE}}
         run["recipe"] = str(sorted(  # but for the name and the black box
             x for x in run["settings"].items() if x[0] != "tag" and not x[0].startswith("expert")))
     with oap.blame("progress.csv can't be read"):
