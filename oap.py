@@ -146,7 +146,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tag", default="", help="appended to the name of the run's folder")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="TF32")
-    add("--cuda-graph", action=switch, default=False, help="not yet tried on a GPU")
+    add("--cuda-graph", action=switch, default=False, help="replay updates; untried on a GPU")
     add("--checkpoint-every", type=count, default=20_000, help="updates between checkpoints")
     add("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
@@ -167,7 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--discount", type=share, default=0.99, help="gamma")
     add("--polyak", type=share, default=0.005, help="update rate of target networks")
     add("--random-steps", type=count, default=1_000, help="before the first update, without D")
-    add("--td3bc-alpha", type=least0, default=derived, help="Table 5's lambda; 2.5; Adroit 0.1")
+    add("--td3bc-alpha", type=least0, default=derived, help="lambda; default: 2.5; Adroit 0.1")
     add("--policy-noise", type=least0, default=0.2, help="of the target policy")
     add("--noise-clip", type=least0, default=0.5, help="bound of --policy-noise")
     add("--policy-delay", type=count, default=2, help="critic updates per update of the actor")
@@ -497,13 +497,13 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def load(path: str | Path, device: str) -> dict:
-    """What `save` wrote, or a Stable-Baselines3 zip's weights and "sb3". No code is ever run."""
+    """What `save` wrote, or "critic" and "sb3" of a Stable-Baselines3 zip. No code is ever run."""
     with blame(f"{path} can't be read as weights"), zipfile.ZipFile(path) as archive:  # torch's too
         check(archive.testzip() is None, f"{archive.testzip()} is damaged")
         if "policy.pth" not in archive.namelist():
             return torch.load(path, device, weights_only=True)
-        policy = torch.load(io.BytesIO(archive.read("policy.pth")), device, weights_only=True)
-        critic = {k.removeprefix("critic."): x for k, x in policy.items() if "critic." in k[:7]}
+        nets = torch.load(io.BytesIO(archive.read("policy.pth")), device, weights_only=True)
+        critic = {k.removeprefix("critic."): x for k, x in nets.items() if k.startswith("critic.")}
         return {"critic": critic, "sb3": json.loads(archive.read("data"))}
 
 class BlackBox:
@@ -923,7 +923,7 @@ def train(args: argparse.Namespace) -> Path:
     """Runs a scheme; with --scheme oap, Algorithm 1. Returns the run's folder. Raises BadInput.
     A stopped run goes on to the same end, on a CPU to the bit; if it acts, in a new episode."""
     scheme, device, folder = SCHEMES[args.scheme], torch.device(args.device), run_folder(args)
-    asks, interacts, updates = scheme.asks, scheme.acts, args.steps + args.finetune_steps
+    updates = args.steps + args.finetune_steps
     rng = torch.cuda if device.type == "cuda" else torch  # where all random numbers come from
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -932,13 +932,13 @@ def train(args: argparse.Namespace) -> Path:
 
     # The environments, the black box, D, the learner, and what OAP adds to it.
     envs, about = [make_env(args.env) for _ in range(min(args.eval_episodes, 10))], {}
-    if asks or args.audit:
+    if scheme.asks or args.audit:
         black_box, about = load_black_box(args.expert, envs[0], args.budget, args.device)
     data, about_data = load_data(args, envs[0])
     dims, (state, action) = data.widths[:2], data.split(data.rows[: data.offline])[:2]  # D's, raw
     agent = ALGORITHMS[args.algo](*dims, args)
     learner, optimizers = nn.ModuleDict({"agent": agent}), list(agent.optimizers)
-    if asks:
+    if scheme.asks:
         black_box.answer(state[:2], action[:2], action[:2])  # a misfit shows now; ties tell nothing
         ranknet = RankNet(*dims).to(device) if args.ranknet else None
         oap = OAP(state, action, black_box, ranknet, args.ranknet_epochs, args.lr)
@@ -946,7 +946,7 @@ def train(args: argparse.Namespace) -> Path:
         rounds = {t: int(min(count, len(state))) for t, count in query_rounds(args).items()}
         data.preferred = oap.preferred  # the same memory, which a round changes in place
         print(f"{len(rounds)} rounds will ask {sum(rounds.values()):,} questions")
-    if interacts:
+    if scheme.acts:
         env, raw = make_env(args.env), None
         random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
         start, stop = (args.steps, updates) if args.timing == "ft" else (0, args.steps)
@@ -976,9 +976,9 @@ def train(args: argparse.Namespace) -> Path:
             learner.load_state_dict(saved["learner"])
             for optimizer, x in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(x)
-            if asks:
+            if scheme.asks:
                 black_box.spent = sum(count for t, count in rounds.items() if t <= step)
-            if interacts:
+            if scheme.acts:
                 data.append(*data.split(saved["own"]))
             rng.set_rng_state(saved["rng"].cpu())
         print(f"{folder} continues after update {step:,}")
@@ -991,7 +991,7 @@ def train(args: argparse.Namespace) -> Path:
     started = time.monotonic() - seconds
 
     for step in tqdm(range(step + 1, updates + 1), initial=step, total=updates, disable=None):
-        if interacts:  # as often as is due by now; without D, first some random actions
+        if scheme.acts:  # as often as is due by now; without D, first some random actions
             due = args.budget * min(max(step - start, 0), stop - start) // (stop - start)
             while (n := data.size - data.offline) < max(due, random_steps):
                 if raw is None:  # a new episode, also where a run goes on
@@ -1004,7 +1004,7 @@ def train(args: argparse.Namespace) -> Path:
 
         losses |= advance(step % args.policy_delay == 0)
 
-        asking, evaluating = asks and step in rounds, step % args.eval_every == 0
+        asking, evaluating = scheme.asks and step in rounds, step % args.eval_every == 0
         saving = step % args.checkpoint_every == 0
         if asking or evaluating or saving:
             log |= {name: loss.item() for name, loss in losses.items()}
@@ -1017,7 +1017,7 @@ def train(args: argparse.Namespace) -> Path:
             value = evaluate(envs, act, args.eval_episodes, (args.seed, step)).mean().item()
             log |= {"step": step, "return": value, "score": 100 * (value - low) / (high - low),
                     "interactions": data.size - data.offline,
-                    "queries": black_box.spent if asks else 0,
+                    "queries": black_box.spent if scheme.asks else 0,
                     "seconds": time.monotonic() - started}
             rows.append(log)
             table = [COLUMNS, *([str(row.get(name, "")) for name in COLUMNS] for row in rows)]

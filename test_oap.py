@@ -253,8 +253,7 @@ def test_ranknet_learns_answers_about_states_of_any_scale(algo):
     data = oap.Data(4000, 4, 2, "cpu")
     data.append(state, action, torch.zeros(4000), state, torch.zeros(4000))
     if algo == "td3bc":  # whose policy sees normalised states
-        mean, std = oap.moments(state)
-        data.mean, data.std = mean, std
+        data.mean, data.std = oap.moments(state)
     policy_actions = dict(zip(map(tuple, state.tolist()), pi, strict=True))
     policy = lambda s: torch.stack([policy_actions[tuple(x)] for x in s.tolist()])  # noqa: E731
     box = oap.BlackBox(1500, q=lambda s, a: (((s / scale - 3)[:, :2]) * a).sum(1))
