@@ -80,6 +80,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"  # of D4RL's files
+REFERENCES = "ref_min_score", "ref_max_score"  # the returns that score 0 and 100
 
 # ---------------------------------------------------------------------------- schemes and arguments
 
@@ -555,12 +556,11 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         box = BlackBox(budget, prefer=lambda s, a, b: function(s, raw(a), raw(b)))
         return box, {"expert_sha256": f"{sha256(file)} {name}"}
     check(Path(spec).is_file(), f"no black box {spec}: --expert names one; see experts/README.md")
-    saved, networks = load(spec, device), {}
+    saved, networks, width = load(spec, device), {}, sum(env.dims)
     with blame(f"black box {spec}"):
         sb3 = saved.get("sb3", {})
         for key, x in saved.get("critic", {}).items():  # weights and biases of each Q, in order
             networks.setdefault(key.partition(".")[0], []).append(x)
-        width = env.observation_space.shape[0] + env.action_space.shape[0]
         seen = {len(str(sb3.get(k))) for k in ("_last_obs", "_last_original_obs")}
         activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
         check(networks and all(x.startswith("q") for x in networks), "it has no plain Q(s, a)")
@@ -651,6 +651,7 @@ class Env(gym.Wrapper):
         low, high = env.action_space.low.astype(float), env.action_space.high.astype(float)
         self.robot, self.middle, self.half = robot, (high + low) / 2, (high - low) / 2
         self.action_space = gym.spaces.Box(-1.0, 1.0, low.shape)
+        self.dims = env.observation_space.shape[0], len(low)  # O, A
 
     def raw_action(self, action: np.ndarray) -> np.ndarray:
         """(..., A) in [-1, 1] -> the environment's own."""
@@ -714,15 +715,17 @@ def make_env(name: str) -> Env:
 
 # --------------------------------------------------------------------------------------------- data
 
-def d4rl_infos(task: str) -> tuple[str, float, float]:
+def d4rl_infos(task: str) -> tuple[str, dict[str, float]]:
     """A task's URL and the returns that score 0 and 100; d4rl's __init__ would need mujoco-py."""
     check(package := importlib.util.find_spec("d4rl"), "pip install --no-deps d4rl==1.1")
     infos = runpy.run_path(f"{package.submodule_search_locations[0]}/infos.py")
     check(task in infos["DATASET_URLS"], f"--env: D4RL has no task {task}")
-    return tuple(infos[k][task] for k in ("DATASET_URLS", "REF_MIN_SCORE", "REF_MAX_SCORE"))
+    return infos["DATASET_URLS"][task], {k: infos[k.upper()][task] for k in REFERENCES}
 
-def checksums() -> str:
-    return "".join(path.read_text("utf-8") for path in HERE.glob("testdata/d4rl.sha256"))
+def checksums() -> dict[str, str]:
+    """{name of a D4RL file: its SHA-256}."""
+    return dict(line.split()[::-1] for path in HERE.glob("testdata/d4rl.sha256")
+                for line in path.read_text("utf-8").splitlines())
 
 def dataset_file(url: str) -> Path:
     """A D4RL file in D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded if it is missing."""
@@ -742,7 +745,7 @@ def dataset_file(url: str) -> Path:
                           "it sends less than 10 kB a second, or more than 1 GB")
             h5py.File(io.BytesIO(content)).close()  # neither cut off nor an error page
             digest = hashlib.sha256(content).hexdigest()
-            check(name not in checksums() or f"{digest}  {name}" in checksums(), "wrong checksum")
+            check(checksums().get(name, digest) == digest, "wrong checksum")
             write(own, content)
             return own.rename(path)
         except Exception as error:  # whatever networks and servers raise
@@ -827,18 +830,16 @@ class Data:
 def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
     """D, with room for interactions, and what config.json says of it. Raises BadInput."""
     scheme, known, about = SCHEMES[args.scheme], env.robot in ROBOTS, {}
-    url, low, high = d4rl_infos(args.env) if known else ("", math.nan, math.nan)
+    url, references = d4rl_infos(args.env) if known else ("", {})
     rows = int(args.budget) if scheme.acts else 0
-    dims = env.observation_space.shape[0], env.action_space.shape[0]
     if scheme.data:
         path = Path(args.dataset or dataset_file(url))
         raw, about = load_dataset(path, env)
         about |= {"dataset_sha256": sha256(path), "data_return": raw["returns"].mean().item()}
-        if known and f"{about['dataset_sha256']}  {url.rpartition('/')[2]}" not in checksums():
+        if known and about["dataset_sha256"] != checksums().get(Path(url).name):
             print(f"note: by its checksum, {path} is not known to be D4RL's file of {args.env}")
         rows += len(raw["reward"])
-    about |= dict(zip(REFERENCES, (low, high))) if known else {}
-    data = Data(rows, *dims, args.device, args.reward_shift)
+    data = Data(rows, *env.dims, args.device, args.reward_shift)
     if scheme.data:
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
         action = ((raw["action"] - env.middle) / env.half).clip(-limit, limit)
@@ -848,7 +849,7 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
             data.mean, data.std = moments(data.split(data.rows[: data.size])[0])
         if args.reward_scale:
             data.reward_scale = 1000 / float(np.ptp(raw["returns"]) or 1000)
-    return data, about
+    return data, about | references
 
 # ------------------------------------------------------------------------- evaluation and training
 
@@ -857,7 +858,6 @@ COLUMNS = (
     " ranknet_loss ranknet_accuracy unasked_prefer_policy critic_loss actor_loss value_loss seconds"
 ).split()
 SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
-REFERENCES = "ref_min_score", "ref_max_score"  # the returns that score 0 and 100
 MAY_CHANGE = "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions"
 
 def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -935,12 +935,12 @@ def train(args: argparse.Namespace) -> Path:
     if scheme.asks or args.audit:
         black_box, about = load_black_box(args.expert, envs[0], args.budget, args.device)
     data, about_data = load_data(args, envs[0])
-    dims, (state, action) = data.widths[:2], data.split(data.rows[: data.offline])[:2]  # D's, raw
-    agent = ALGORITHMS[args.algo](*dims, args)
+    state, action = data.split(data.rows[: data.offline])[:2]  # D's, (N, O) and (N, A)
+    agent = ALGORITHMS[args.algo](*envs[0].dims, args)
     learner, optimizers = nn.ModuleDict({"agent": agent}), list(agent.optimizers)
     if scheme.asks:
         black_box.answer(state[:2], action[:2], action[:2])  # a misfit shows now; ties tell nothing
-        ranknet = RankNet(*dims).to(device) if args.ranknet else None
+        ranknet = RankNet(*envs[0].dims).to(device) if args.ranknet else None
         oap = OAP(state, action, black_box, ranknet, args.ranknet_epochs, args.lr)
         learner["oap"], optimizers = oap, optimizers + oap.optimizers
         rounds = {t: int(min(count, len(state))) for t, count in query_rounds(args).items()}
@@ -997,7 +997,7 @@ def train(args: argparse.Namespace) -> Path:
                 if raw is None:  # a new episode, also where a run goes on
                     raw, _ = env.reset(seed=hash((args.seed, n)) % 2**31)
                 a = act(raw, agent.explore) if n >= random_steps else (
-                    torch.rand(dims[1], device=device) * 2 - 1)
+                    torch.rand(env.dims[1], device=device) * 2 - 1)
                 next_raw, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
                 data.append(raw, a, reward, next_raw, terminal)
                 raw = None if terminal or truncated else next_raw

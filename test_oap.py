@@ -778,8 +778,8 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(oap, "MIRROR", f"{url}/mirror")
     fast = types.SimpleNamespace(monotonic=lambda: 99 * time.monotonic())
     monkeypatch.setattr(oap, "time", fast)
-    line = f"{oap.sha256(tmp_path / 'pen.hdf5')}  pen-human-v1.hdf5"
-    monkeypatch.setattr(oap, "checksums", lambda: line)
+    known = {"pen-human-v1.hdf5": oap.sha256(tmp_path / "pen.hdf5")}
+    monkeypatch.setattr(oap, "checksums", lambda: known)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     server.url, server.folder = f"{url}/first/pen-human-v1.hdf5", tmp_path / "d4rl"
     yield server

@@ -32,9 +32,9 @@ Arrays = dict[str, np.ndarray]
 def load_actor(path: str, env: oap.Env) -> tuple[Actor, dict]:
     """The policy of a black box that train.py made, and all that is in its file."""
     oap.check(Path(path).is_file(), f"there is no black box {path}; train.py makes one")
-    saved, dims = oap.load(path, "cpu"), (env.observation_space.shape[0], env.action_space.shape[0])
+    saved = oap.load(path, "cpu")
     with oap.blame(f"{path} has no policy of train.py's for this environment"):
-        (actor := Actor(*dims)).load_state_dict(saved["actor"])
+        (actor := Actor(*env.dims)).load_state_dict(saved["actor"])
         oap.load_black_box(path, env, 0, "cpu")  # which refuses another robot's
     return actor, saved
 
@@ -74,7 +74,7 @@ def collect(name: str, actor: Actor | None, size: int, seed: int) -> Arrays:
 
 def replay(path: str, rows: int, env: oap.Env) -> Arrays:
     """The first transitions of a run of train.py. A timeout is where another episode follows."""
-    data = oap.Data(1, env.observation_space.shape[0], env.action_space.shape[0], "cpu")
+    data = oap.Data(1, *env.dims, "cpu")
     with oap.blame(f"{path} has no transitions", KeyError):
         every = oap.load(path, "cpu")["transitions"]
     oap.check(len(every) >= rows, f"{path} has {len(every):,} transitions, not {rows:,}")

@@ -87,11 +87,10 @@ def train(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
     env, envs = oap.make_env(args.env), [oap.make_env(args.env) for _ in range(10)]
-    dims = env.observation_space.shape[0], env.action_space.shape[0]
     _lock = oap.claim(folder, vars(args))
     if (folder / "expert.pt").is_file():
         return print(f"{folder} is finished")
-    agent, data = SAC(*dims, args), oap.Data(args.steps, *dims, device)
+    agent, data = SAC(*env.dims, args), oap.Data(args.steps, *env.dims, device)
     rows, done, seconds = [], 0, 0.0
     if (checkpoint := folder / "checkpoint.pt").is_file():
         saved = oap.load(checkpoint, device)
@@ -111,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
     started, (state, _) = time.monotonic() - seconds, env.reset(seed=args.seed + done)
     for step in tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=None):
         action = policy(state, agent.actor.sample)[0] if step > args.random_steps else (
-            torch.rand(dims[1], device=device) * 2 - 1)
+            torch.rand(env.dims[1], device=device) * 2 - 1)
         next_state, reward, terminal, truncated, _ = env.step(action.cpu().numpy())
         data.append(state, action, reward, next_state, terminal)
         state = env.reset()[0] if terminal or truncated else next_state
@@ -128,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
             if value > best:
                 oap.save(folder / f"{step}.pt", {
                     "env": args.env, "algo": "sac", "step": step, "return": value,
-                    "mean": torch.zeros(dims[0]), "std": torch.ones(dims[0]),
+                    "mean": torch.zeros(env.dims[0]), "std": torch.ones(env.dims[0]),
                     "actor": agent.actor.state_dict(), "critic": agent.critic.state_dict()})
             left = tqdm.format_interval(seconds / step * (args.steps - step))
             tqdm.write(f"step {step:>9,}  return {value:8,.1f}  best {max(best, value):8,.1f}"
