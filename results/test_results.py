@@ -1,5 +1,5 @@
-"""The report: its arithmetic, what it refuses to average, broken files, and today's tables; and
-that the benchmark runs."""
+"""The report: its arithmetic, what it refuses to average, broken files, and today's tables; that
+the benchmark runs; and that answers.py sets the simulator to D's states."""
 
 import io
 import json
@@ -12,11 +12,15 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS))
+import answers  # noqa: E402
 import benchmark  # noqa: E402
+import make_data  # noqa: E402
 import report  # noqa: E402
+from report import oap  # noqa: E402
 
 CONFIG = {
     "scheme": "offline", "seed": 0, "steps": 20, "finetune_steps": 10, "eval_every": 1, "lr": 1.0,
@@ -172,3 +176,30 @@ def test_the_committed_runs_give_the_published_tables(tmp_path):
     for name, *rows in map(str.splitlines, PUBLISHED.split("\n\n")):
         assert set(rows) <= set(sections[name].splitlines()), name
     assert text.count(": not finished, ") == 11
+
+def test_answers_are_compared_with_the_simulator(tmp_path):
+    env, other = (oap.make_env("hopper-medium-v2") for _ in range(2))
+    data = make_data.collect("hopper-medium-v2", None, 60, seed=0)
+    state, action = (data[k].astype(np.float32) for k in ("observations", "actions"))
+    actor, _ = make_data.load_actor(str(oap.HERE / "experts" / "hopper-weak.pt"), env)
+    value = answers.rollouts([env, other], state, action, actor, steps=1)
+    np.testing.assert_allclose(value, data["rewards"], atol=1e-3)  # it began in these states
+    actor.sample = lambda s: (torch.as_tensor(action[1:2]), None)  # what was done there
+    value = answers.rollouts([env], state[:1], action[:1], actor, steps=2, discount=0.5)
+    assert value.item() == pytest.approx(data["rewards"][0] + data["rewards"][1] / 2, abs=1e-3)
+
+def test_answers_of_a_finished_run(tmp_path):
+    task, file = "--env=hopper-medium-v2", tmp_path / "hopper.hdf5"
+    make_data.make(make_data.parse_args([task, f"--out={file}", "--size=300"]))
+    folder = oap.train(oap.parse_args([
+        task, f"--dataset={file}", f"--out={tmp_path}", "--scheme=offline", "--steps=20",
+        "--eval-every=20", "--eval-episodes=1"]))
+    command = [sys.executable, RESULTS / "answers.py", f"--dataset={file}", "--repeats=1",
+               "--samples=20", "--most=10", "--steps=5"]
+    done = subprocess.run([*command, folder], capture_output=True, text=True)
+    assert [re.sub(r"[-+\d., %±]+", " ", x).strip() for x in done.stdout.splitlines()[1:]] == [
+        "of all of D answers for the policy; gain:", "ã as Q* says", "ã in the simulator",
+        "π(s) in the simulator", "of the most divergent answers for the policy; gain:",
+        "ã as Q* says", "ã in the simulator", "π(s) in the simulator"], done.stderr
+    done = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "no finished run" in done.stderr
