@@ -5,8 +5,8 @@ happens in the simulator after π(s) and after a. For Hopper, Walker2d and HalfC
     python results/answers.py runs/halfcheetah-medium-v2/td3bc-offline/0 --dataset FILE
 
 The simulator is set to s, does one of the actions, and then follows the black box's policy with its
-noise: the discounted rewards are an unbiased estimate of that policy's Q(s, action), but for its
-end after --steps. Half an hour on one core.
+noise: the discounted rewards estimate that policy's Q(s, action), without SAC's entropies and what
+comes after --steps. Half an hour on one core.
 """
 
 import argparse
@@ -52,12 +52,12 @@ def measure(args: argparse.Namespace) -> None:
     """Prints a table. Raises oap.BadInput."""
     torch.manual_seed(args.seed)
     oap.check((args.run / "model.pt").is_file(), f"{args.run} is no finished run: no model.pt")
-    saved, envs = oap.load(args.run / "model.pt", "cpu"), []
+    saved = oap.load(args.run / "model.pt", "cpu")
     with oap.blame(f"{args.run} is no run of hopper, walker2d or halfcheetah"):
+        oap.check(oap.find_robot(saved["env"]) in oap.ROBOTS[:3], saved["env"])
         envs = [oap.make_env(saved["env"]) for _ in range(50)]
         policy = POLICIES[saved["algo"]](*envs[0].dims)
         policy.load_state_dict(saved["actor"])
-        oap.check(envs[0].robot in oap.ROBOTS[:3], saved["env"])
     expert = args.expert or f"{oap.HERE}/experts/{envs[0].robot.name}.pt"
     actor, _ = load_actor(args.follow or expert, envs[0])
     box, _ = oap.load_black_box(expert, envs[0], 0, "cpu")
@@ -70,13 +70,14 @@ def measure(args: argparse.Namespace) -> None:
     for name, among in kinds.items():
         chosen = among[torch.randperm(len(among))[: args.samples]]
         s, a, b = state[chosen], action[chosen], pi[chosen]
+        prefers_policy = ~box.answer(s, a, b).numpy()  # (n,) Eq. 2
         claim = (box.value(s, b) - box.value(s, a)).numpy()  # (n,)
         truth = np.mean([rollouts(envs, s.numpy(), b.numpy(), actor, args.steps)
                          - rollouts(envs, s.numpy(), a.numpy(), actor, args.steps)
                          for _ in tqdm(range(args.repeats), name, disable=None)], 0)  # (n,)
-        print(f"{len(claim):,} of {name}, {(claim > 0).mean():.1%} answers for the policy; gain:")
-        gains = {"ã, as Q* says": claim.clip(0), "ã, in the simulator": truth * (claim > 0),
-                 "π(s), in the simulator": truth}
+        print(f"{len(s):,} of {name}, {prefers_policy.mean():.1%} answers for the policy; gain:")
+        gains = {"ã, as Q* says": claim * prefers_policy,
+                 "ã, in the simulator": truth * prefers_policy, "π(s), in the simulator": truth}
         for what, x in gains.items():
             print(f"    {what:<24}{x.mean():8.2f} ± {x.std() / len(x) ** 0.5:.2f}", flush=True)
 

@@ -85,7 +85,7 @@ def read_run(folder: Path) -> dict:
     score = box if config["scheme"] == "expert" and np.isfinite(box) else score
     task, name = Path(os.path.abspath(folder)).parts[-3:-1]
     if digest := config.get("dataset_sha256"):
-        known = [name for name, x in oap.checksums().items() if x == digest]
+        known = [file for file, x in oap.checksums().items() if x == digest]
         if not known or known[0] != Path(oap.d4rl_infos(task)[0]).name:
             task += ", own data"  # which no published figure belongs beside
     algo, _, label = name.partition("-")
