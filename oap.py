@@ -18,7 +18,7 @@ Where the paper is in this file:
     l_i, Table 5        which samples to ask about        divergence, select_queries
     Eq. 3, Eq. 4        RankNet's loss; pseudo queries    ranknet_loss, pseudo_query
     Eq. 5, Eq. 6        the adjusted policy constraint    td3bc_actor_loss, iql_actor_loss
-    Eq. 7               how much better ã is than a       OAP.improvement; --audit
+    Eq. 7               how much better ã is than a       OAP.round; --audit
     Table 3, Figure 7   variants                          --budget inf, --no-ranknet, --timing
 
 What the paper leaves open, and what is done here:
@@ -28,7 +28,7 @@ What the paper leaves open, and what is done here:
  2. Samples never asked come first. If a round needs more (pen-human has under 5,000 in all), the
     most divergent others are asked again, about the new π(s). None is asked twice in one round.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
- 4. ã does not move between rounds: a preferred π(s) is kept as the action that it was then.
+ 4. ã does not move between rounds: where π(s) was preferred, ã stays that action while π goes on.
     Asked samples keep the black box's answer. RankNet answers anew, in each round, for the others.
  5. RankNet goes on from round to round: 100 epochs over all of D_q in each (Table 5), in batches
     of 256, with the others' learning rate. It sees normalised states, whatever the algorithm.
@@ -37,7 +37,8 @@ What the paper leaves open, and what is done here:
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
  8. Every round asks K M_inter / N_train samples; the 100k updates after N_train ask nothing.
  9. IQL's actor has its authors' cosine decay of the learning rate in `offline`, `online` and
-    `online-mix` alone: with it, OAP's last rounds would hardly change the policy.
+    `online-mix` alone: with it, OAP's last rounds would hardly change the policy. All layers are
+    initialised as PyTorch does it; IQL's authors take orthogonal matrices.
 10. Interactions are spread evenly over their phase; in `online`, 1,000 random ones come before it.
     TD3+BC explores with noise, IQL by sampling. Batches are uniform; own transitions have ã = a.
 11. With D, TD3+BC normalises states; IQL clips D's actions to 1 - 1e-5 and, except on AntMaze and
@@ -106,22 +107,6 @@ PER_DOMAIN = {  # Table 5; reward_shift is choice 11's
     "reward_shift":  {"gym": 0.0, "antmaze": -1., "adroit": 0.0},
 }
 
-class BadInput(ValueError):
-    """A mistake that the user can correct: `main` prints it as one line and returns 2."""
-
-def check(condition: bool, problem: str) -> None:
-    if not condition:
-        raise BadInput(problem)
-
-@contextlib.contextmanager
-def blame(what: str, *errors: type[Exception]):
-    """Turns these errors, or all, into BadInput: "what: the error's first line"."""
-    try:
-        yield
-    except errors or Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{what}: {first_line}") from error
-
 def number(low: float, kind: type = float, high: float = 1e15) -> Callable[[str], float]:
     """An argparse type: a number in [low, high]. A whole one may be written as 1e6."""
     def parse(text: str) -> float:
@@ -156,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
     add("--timing", choices=("interval", "ft"), default=derived, help="Figure 7; default: scheme's")
     add("--ranknet", action=switch, default=True, help="without: Table 3's OAP(w/ RN)")
-    add("--ranknet-epochs", type=whole, default=100, help="over D_q, in each round")
+    add("--ranknet-epochs", type=count, default=100, help="over D_q, in each round")
     add("--audit", action=switch, default=False, help="measure RankNet, Eq. 7 and Figure 6")
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
     add("--eval-episodes", type=count, default=10, help="per evaluation")
@@ -192,13 +177,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
           "nothing would be asked: --interval is longer than --steps, or --budget is too small")
     check(scheme.data or not (args.normalize or args.reward_scale or args.audit),
           f"--normalize, --reward-scale and --audit need D, and {args.scheme} has none")
-    args.finetune_steps *= scheme.finetune
+    args.finetune_steps = args.finetune_steps if scheme.finetune else 0
     check(args.eval_every <= args.steps + args.finetune_steps,
           "--eval-every is longer than the run: nothing would be measured")
     check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
           "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
     check(not args.cuda_graph or args.device.startswith("cuda"), "--cuda-graph needs a GPU")
-    with blame(f"--device {args.device}"):
+    with blame(f"--device {args.device}"):  # nonzero() also fails where no numbers are, on "meta"
         args.device = str(torch.zeros(1, device=args.device).nonzero().device)  # cuda: cuda:0
     return args
 
@@ -254,13 +239,14 @@ class OAP(nn.Module):
         self.epochs, self.batch_size = epochs, batch_size
         self.optimizers = [] if ranknet is None else [adam(ranknet, lr)]
         self.register_buffer("preferred", action.clone())  # ã_i = a_i
-        # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows that were asked, each with its last answer:
-        # one is asked again only in a round that leaves RankNet nothing to answer.
+        # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows that were asked. The last answer to each is
+        # enough: one is asked again only when all were asked, and RankNet has nothing to answer.
         self.register_buffer("asked", torch.zeros_like(action[:, 0], dtype=torch.bool))  # (N,)
         self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A) π^k(s_k)
 
-    def round(self, policy: Callable[[Tensor], Tensor], count: int) -> dict[str, float]:
-        """The body of Algorithm 1's "if": asks about `count` samples, sets ã, returns a log."""
+    def round(self, policy: Callable[[Tensor], Tensor], count: int, audit: bool = False) -> dict:
+        """The body of Algorithm 1's "if": asks about `count` samples, sets ã, returns a log. With
+        `audit`, the log has more, from Q* and from answers that no query is counted for."""
         pi = in_chunks(policy, self.state)  # (N, A)
         ranking = divergence(self.action, pi)  # (N,)
         chosen = select_queries(ranking, self.asked, count)  # (k,)
@@ -268,14 +254,22 @@ class OAP(nn.Module):
         self.asked[chosen], self.policy_action[chosen] = True, pi[chosen]
         self.preferred[chosen] = torch.where(answers[:, None], self.action[chosen], pi[chosen])
         log = {"divergence": ranking.mean().item(),
-               "prefers_policy": 1 - answers.float().mean().item(),
-               "asked_gain": self.improvement(self.asked)}
+               "prefers_policy": 1 - answers.float().mean().item()}
         rest = (~self.asked).nonzero().squeeze(1)
-        if self.ranknet is not None and self.asked.any() and len(rest):
+        if self.ranknet is not None and len(rest):
             log["ranknet_loss"] = self.train_ranknet()  # Eq. 3
             action, pi = self.action[rest], pi[rest]
             answers = pseudo_query(self.ranknet, self.normalized[rest], action, pi)  # Eq. 4
             self.preferred[rest] = torch.where(answers[:, None], action, pi)
+            if audit:  # nothing that learns may see these answers
+                truth = self.black_box.answer(self.state[rest], action, pi)
+                log |= {"ranknet_accuracy": (answers == truth).float().mean().item(),
+                        "unasked_prefer_policy": 1 - truth.float().mean().item()}
+        if audit:
+            q = self.black_box.value
+            gain = q(self.state, self.preferred) - q(self.state, self.action)  # (N,)
+            log |= {"improvement": gain.mean().item(),  # Eq. 7
+                    "asked_gain": gain[self.asked].mean().item()}
         return log
 
     def train_ranknet(self) -> float:
@@ -283,7 +277,6 @@ class OAP(nn.Module):
         prefers_data = (self.preferred == self.action).all(-1)  # (N,), also after a tie
         queries = [x[self.asked] for x in (
             self.normalized, self.action, self.policy_action, prefers_data)]
-        losses = [torch.tensor(math.nan)]
         self.ranknet.train()  # with dropout
         for _ in range(self.epochs):
             order = torch.randperm(len(queries[0]), device=self.asked.device)
@@ -292,24 +285,6 @@ class OAP(nn.Module):
                 for k in order.split(self.batch_size)]
         self.ranknet.eval()
         return torch.stack(losses).mean().item()
-
-    def improvement(self, index: Tensor | slice) -> float:
-        """The mean of Q*(s, ã) - Q*(s, a) over samples of D; Eq. 7 over all. It costs no query."""
-        s, q = self.state[index], self.black_box.value
-        return (q(s, self.preferred[index]) - q(s, self.action[index])).mean().item()
-
-    def audit(self, policy: Callable[[Tensor], Tensor], samples: int = 10_000) -> dict[str, float]:
-        """Eq. 7, and RankNet's accuracy on samples never asked. None of this may reach training."""
-        log = {"improvement": self.improvement(slice(None))}
-        rest = (~self.asked).nonzero().squeeze(1)
-        if len(rest) and self.ranknet is not None:
-            rest = rest[:: math.ceil(len(rest) / samples)]
-            state, action, pi = self.state[rest], self.action[rest], policy(self.state[rest])
-            truth = self.black_box.answer(state, action, pi)
-            correct = pseudo_query(self.ranknet, self.normalized[rest], action, pi) == truth
-            log |= {"unasked_prefer_policy": 1 - truth.float().mean().item(),
-                    "ranknet_accuracy": correct.float().mean().item()}
-        return log
 
 # ----------------------------------------------------------------------------------------- networks
 
@@ -413,8 +388,8 @@ class TD3BC(nn.Module):
     def explore(self, state: Tensor) -> Tensor:
         return torch.normal(self.actor(state), self.args.exploration_noise).clamp(-1, 1)
 
-    def update(self, batch: Batch, delayed: bool) -> dict[str, Tensor]:
-        """One update of the critic and, if `delayed`, of the actor and the target networks."""
+    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:
+        """One of the critic and, if `update_actor`, of the actor and the target networks."""
         s, a, r, s2, done, preferred = batch
         args, (actor_opt, critic_opt) = self.args, self.optimizers
         with torch.no_grad():
@@ -423,7 +398,7 @@ class TD3BC(nn.Module):
             next_q = self.critic_target(s2, a2.clamp(-1, 1)).amin(-1)  # (B,)
             target = r + args.discount * (1 - done) * next_q
         losses = {"critic_loss": descend(critic_opt, bellman_loss(self.critic(s, a), target))}
-        if delayed:
+        if update_actor:
             pi = self.actor(s)
             q = self.critic.q1(torch.cat([s, pi], -1))
             actor_loss = td3bc_actor_loss(pi, q, preferred, args.td3bc_alpha)
@@ -455,7 +430,7 @@ class IQL(nn.Module):
     def explore(self, state: Tensor) -> Tensor:
         return self.actor.distribution(state).sample().clamp(-1, 1)
 
-    def update(self, batch: Batch, delayed: bool) -> dict[str, Tensor]:  # `delayed` is TD3's
+    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:
         s, a, r, s2, done, preferred = batch
         args, (actor_opt, critic_opt, value_opt) = self.args, self.optimizers
         with torch.no_grad():
@@ -480,6 +455,22 @@ ALGORITHMS = {"td3bc": TD3BC, "iql": IQL}
 
 # -------------------------------------------------------------------------- files and black boxes
 
+class BadInput(ValueError):
+    """A mistake that the user can correct: `main` prints it as one line and returns 2."""
+
+def check(condition: bool, problem: str) -> None:
+    if not condition:
+        raise BadInput(problem)
+
+@contextlib.contextmanager
+def blame(what: str, *errors: type[Exception]):
+    """Turns these errors, or all, into BadInput: "what: the error's first line"."""
+    try:
+        yield
+    except errors or Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{what}: {first_line}") from error
+
 def write(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and then renames it: none is ever half written."""
     part = path.with_name(f"{path.name}.part")
@@ -494,13 +485,19 @@ def save(path: Path, state: dict) -> None:
     torch.save(state, buffer := io.BytesIO())
     write(path, buffer.getvalue())
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    write(path, "".join(",".join(map(str, line)) + "\n" for line in table).encode())
+
 def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def load(path: str | Path, device: str) -> dict:
     """What `save` wrote, or "critic" and "sb3" of a Stable-Baselines3 zip. No code is ever run."""
     with blame(f"{path} can't be read as weights"), zipfile.ZipFile(path) as archive:  # torch's too
-        check(archive.testzip() is None, f"{archive.testzip()} is damaged")
+        damaged = archive.testzip()
+        check(not damaged, f"{damaged} is damaged")
         if "policy.pth" not in archive.namelist():
             return torch.load(path, device, weights_only=True)
         nets = torch.load(io.BytesIO(archive.read("policy.pth")), device, weights_only=True)
@@ -527,7 +524,8 @@ class BlackBox:
         """The same without counting: for audits, never for what learns."""
         if self.q is not None:
             return self.value(state, action) >= self.value(state, other)
-        answer = np.asarray(self.prefer(*(np.array(x.cpu()) for x in (state, action, other))))
+        copies = [np.array(x.numpy(force=True)) for x in (state, action, other)]
+        answer = np.asarray(self.prefer(*copies))
         check(answer.shape == (len(state),) and np.isin(answer, (0, 1)).all(),
               f"black box: its answer to {len(state)} rows must be as many bools")
         return torch.as_tensor(answer.astype(bool), device=state.device)
@@ -561,24 +559,26 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         sb3 = saved.get("sb3", {})
         for key, x in saved.get("critic", {}).items():  # weights and biases of each Q, in order
             networks.setdefault(key.partition(".")[0], []).append(x)
-        seen = {len(str(sb3.get(k))) for k in ("_last_obs", "_last_original_obs")}
+        seen, original = (str(sb3.get(k)) for k in ("_last_obs", "_last_original_obs"))
         activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
         check(networks and all(x.startswith("q") for x in networks), "it has no plain Q(s, a)")
-        check(len(seen) == 1, "its VecNormalize is missing")  # which makes float32 of float64
+        # VecNormalize makes float32 of float64: what is serialised has another length.
+        check(len(seen) == len(original), "it was trained with VecNormalize, which its zip lacks")
         check(activation.endswith(".ReLU'>"), f"{activation} is not ReLU")
         other = find_robot(str(saved.get("env")))
-        check(other == env.robot or not {other, env.robot} <= {*ROBOTS}, f"it is for {other.name}")
+        check(other == env.robot or other not in ROBOTS or env.robot not in ROBOTS,
+              f"it is for {other.name}")
         for first, *_, last in networks.values():
             check(first.shape[1] == width, f"Q takes {first.shape[1]} numbers, (s, a) has {width}")
             check(len(last) == 1, "it has quantiles instead of Q(s, a), as a TQC")
         critics = [mlp(width, *map(len, x[1::2])).to(device) for x in networks.values()]
         for critic, layers in zip(critics, networks.values(), strict=True):
             critic.load_state_dict(dict(zip(critic.state_dict(), layers, strict=True)))
-        value = float(saved["return"]) if "return" in saved else None  # of its policy
+        expert_return = float(saved["return"]) if "return" in saved else None
     def q(state: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([(state - saved.get("mean", 0)) / saved.get("std", 1), action], -1)
         return torch.cat([critic(x) for critic in critics], -1).amin(-1)
-    return BlackBox(budget, q), {"expert_sha256": sha256(spec), "expert_return": value}
+    return BlackBox(budget, q), {"expert_sha256": sha256(spec), "expert_return": expert_return}
 
 # ------------------------------------------------------------------------------------- environments
 
@@ -710,14 +710,15 @@ def make_env(name: str) -> Env:
     state, action, end = env.observation_space, env.action_space, env.spec.max_episode_steps
     check(end and all(isinstance(x, gym.spaces.Box) and len(x.shape) == 1 for x in (state, action))
           and action.is_bounded() and (action.low < action.high).all() and action.dtype.kind == "f",
-          f"--env {name} needs a time limit, and vectors (Box), of actions floats with low < high")
+          f"--env {name}: it needs a time limit, vectors as states, and bounded floats as actions")
     return Env(env, robot)
 
 # --------------------------------------------------------------------------------------------- data
 
 def d4rl_infos(task: str) -> tuple[str, dict[str, float]]:
     """A task's URL and the returns that score 0 and 100; d4rl's __init__ would need mujoco-py."""
-    check(package := importlib.util.find_spec("d4rl"), "pip install --no-deps d4rl==1.1")
+    package = importlib.util.find_spec("d4rl")
+    check(package, "d4rl is missing: pip install --no-deps d4rl==1.1")
     infos = runpy.run_path(f"{package.submodule_search_locations[0]}/infos.py")
     check(task in infos["DATASET_URLS"], f"--env: D4RL has no task {task}")
     return infos["DATASET_URLS"][task], {k: infos[k.upper()][task] for k in REFERENCES}
@@ -735,14 +736,12 @@ def dataset_file(url: str) -> Path:
     for source in () if path.is_file() else (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            started, content = time.monotonic(), bytearray()
+            content = bytearray()
             with (urllib.request.urlopen(f"{source}/{name}", timeout=30) as reply,
                   tqdm(desc=name, total=reply.length, unit="B", unit_scale=True) as bar):
                 while piece := reply.read1(2**20):  # what has come, also if that is a byte
                     content += piece
                     bar.update(len(piece))
-                    check(1e4 * (time.monotonic() - started - 30) < len(content) < 1e9,
-                          "it sends less than 10 kB a second, or more than 1 GB")
             h5py.File(io.BytesIO(content)).close()  # neither cut off nor an error page
             digest = hashlib.sha256(content).hexdigest()
             check(checksums().get(name, digest) == digest, "wrong checksum")
@@ -764,8 +763,9 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
                        "actions": env.action_space.shape, "rewards": (), "terminals": ()}
     with blame(f"dataset {path}"), np.errstate(over="ignore"), h5py.File(path) as file:
         references = {k: float(file.attrs[k]) for k in REFERENCES if k in file.attrs}
-        low, high = references.values() or (0, 1)
-        check(-math.inf < low < high < math.inf, f"{REFERENCES} are {low} and {high}")
+        low, high = (references.get(k, unit) for k, unit in zip(REFERENCES, (0, 1)))
+        check(len(references) != 1 and -math.inf < low < high < math.inf,
+              f"{' and '.join(REFERENCES)} are {references}")
         shapes |= {"timeouts": ()} if "timeouts" in file else {}
         for key, shape in shapes.items():
             raw[key] = np.asarray(file[key][()]).astype(np.float32, casting="same_kind")
@@ -819,7 +819,7 @@ class Data:
         return state, action, reward.squeeze(-1), next_state, done.squeeze(-1)
 
     def sample(self, count: int) -> Batch:
-        """Uniform over D and own transitions. A CUDA graph would keep the bound of a randint."""
+        """Uniform over D and own transitions. A CUDA graph would freeze the bound of a randint."""
         index = torch.randint(2**62, (count,), device=self.rows.device) % self.size_on_device
         state, action, reward, next_state, done = self.split(self.rows[index])
         state, next_state = (state - self.mean) / self.std, (next_state - self.mean) / self.std
@@ -853,16 +853,16 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
 
 # ------------------------------------------------------------------------- evaluation and training
 
-COLUMNS = (
-    "step score return interactions queries prefers_policy divergence asked_gain improvement"
-    " ranknet_loss ranknet_accuracy unasked_prefer_policy critic_loss actor_loss value_loss seconds"
-).split()
 SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
 MAY_CHANGE = "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions"
 
-def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: tuple[int, ...]) -> np.ndarray:
+def env_seed(*numbers: int) -> int:
+    """A seed that shares no episodes with those of other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: int) -> np.ndarray:
     """Undiscounted returns (episodes,), of raw states (E, O) -> actions (E, A) in [-1, 1]."""
-    returns, seed = np.zeros(episodes), int(np.random.SeedSequence(seed).generate_state(1)[0])
+    returns = np.zeros(episodes)
     for first in range(0, episodes, len(envs)):  # an episode in each environment
         states = {i: env.reset(seed=seed + i)[0] for i, env in zip(range(first, episodes), envs)}
         while states:
@@ -907,16 +907,16 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
     graphs, calls = {}, {False: 0, True: 0}
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream())  # where PyTorch wants the warm-up to run
-    def replay(delayed: bool) -> dict[str, Tensor]:
-        calls[delayed] += 1
-        if calls[delayed] <= 3:  # to warm up, as capturing asks for
-            return advance(delayed)
-        if delayed not in graphs:
+    def replay(update_actor: bool) -> dict[str, Tensor]:
+        calls[update_actor] += 1
+        if calls[update_actor] <= 3:  # to warm up, as capturing asks for
+            return advance(update_actor)
+        if update_actor not in graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):  # records, and does not run
-                graphs[delayed] = graph, advance(delayed)
-        graphs[delayed][0].replay()
-        return graphs[delayed][1]
+                graphs[update_actor] = graph, advance(update_actor)
+        graphs[update_actor][0].replay()
+        return graphs[update_actor][1]
     return replay
 
 def train(args: argparse.Namespace) -> Path:
@@ -939,13 +939,13 @@ def train(args: argparse.Namespace) -> Path:
     agent = ALGORITHMS[args.algo](*envs[0].dims, args)
     learner, optimizers = nn.ModuleDict({"agent": agent}), list(agent.optimizers)
     if scheme.asks:
-        black_box.answer(state[:2], action[:2], action[:2])  # a misfit shows now; ties tell nothing
+        black_box.answer(state[:2], action[:2], action[:2])  # a misfit fails now; ties tell nothing
         ranknet = RankNet(*envs[0].dims).to(device) if args.ranknet else None
         oap = OAP(state, action, black_box, ranknet, args.ranknet_epochs, args.lr)
         learner["oap"], optimizers = oap, optimizers + oap.optimizers
         rounds = {t: int(min(count, len(state))) for t, count in query_rounds(args).items()}
         data.preferred = oap.preferred  # the same memory, which a round changes in place
-        print(f"{len(rounds)} rounds will ask {sum(rounds.values()):,} questions")
+        print(f"{len(rounds)} rounds will make {sum(rounds.values()):,} queries")
     if scheme.acts:
         env, raw = make_env(args.env), None
         random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
@@ -955,8 +955,8 @@ def train(args: argparse.Namespace) -> Path:
     def act(state: np.ndarray | Tensor, policy: Callable[[Tensor], Tensor] = agent.actor) -> Tensor:
         state = torch.as_tensor(state, dtype=torch.float32, device=device)
         return policy((state - data.mean) / data.std)
-    def advance(delayed: bool) -> dict[str, Tensor]:
-        return agent.update(data.sample(args.batch_size), delayed)  # Eq. 6
+    def advance(update_actor: bool) -> dict[str, Tensor]:
+        return agent.update(data.sample(args.batch_size), update_actor)  # Eq. 6
 
     # The run's folder: a new run, one to go on with, or a finished one.
     versions = {m.__name__: m.__version__ for m in (torch, gym, mujoco, np)} | {
@@ -992,10 +992,11 @@ def train(args: argparse.Namespace) -> Path:
 
     for step in tqdm(range(step + 1, updates + 1), initial=step, total=updates, disable=None):
         if scheme.acts:  # as often as is due by now; without D, first some random actions
-            due = args.budget * min(max(step - start, 0), stop - start) // (stop - start)
-            while (n := data.size - data.offline) < max(due, random_steps):
+            updates_acting = min(max(step - start, 0), stop - start)
+            due = random_steps + (args.budget - random_steps) * updates_acting // (stop - start)
+            while (n := data.size - data.offline) < due:
                 if raw is None:  # a new episode, also where a run goes on
-                    raw, _ = env.reset(seed=hash((args.seed, n)) % 2**31)
+                    raw, _ = env.reset(seed=env_seed(args.seed, n))
                 a = act(raw, agent.explore) if n >= random_steps else (
                     torch.rand(env.dims[1], device=device) * 2 - 1)
                 next_raw, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
@@ -1008,20 +1009,19 @@ def train(args: argparse.Namespace) -> Path:
         saving = step % args.checkpoint_every == 0
         if asking or evaluating or saving:
             log |= {name: loss.item() for name, loss in losses.items()}
-            check(all(abs(log[name]) < 1e15 for name in losses),  # NaN is not
+            check(all(abs(log[name]) < 1e15 for name in losses),  # nor NaN
                   f"{folder} diverged by update {step:,}: {log}")
         if asking:  # Algorithm 1's "if"
-            log |= oap.round(act, rounds[step])
-            log |= oap.audit(act) if args.audit else {}
+            log |= oap.round(act, rounds[step], args.audit)
         if evaluating:
-            value = evaluate(envs, act, args.eval_episodes, (args.seed, step)).mean().item()
-            log |= {"step": step, "return": value, "score": 100 * (value - low) / (high - low),
-                    "interactions": data.size - data.offline,
-                    "queries": black_box.spent if scheme.asks else 0,
-                    "seconds": time.monotonic() - started}
+            seed = env_seed(args.seed, step)
+            value = evaluate(envs, act, args.eval_episodes, seed).mean().item()
+            log = {"step": step, "score": 100 * (value - low) / (high - low), "return": value,
+                   "interactions": data.size - data.offline,
+                   "queries": black_box.spent if scheme.asks else 0,
+                   "seconds": time.monotonic() - started} | log
             rows.append(log)
-            table = [COLUMNS, *([str(row.get(name, "")) for name in COLUMNS] for row in rows)]
-            write(folder / "progress.csv", "".join(",".join(x) + "\n" for x in table).encode())
+            write_csv(folder / "progress.csv", rows)
             left = tqdm.format_interval(log["seconds"] / step * (updates - step))
             shown = ["return" if math.isnan(low) else "score", *(k for k in SHOWN if k in log)]
             tqdm.write(f"seed {args.seed}  step {step:>9,}  left {left:>8}" + "".join(
@@ -1068,7 +1068,7 @@ def demo() -> None:
     print(f"""
 score of offline                                {models[0]["score"]:9.1f}
 score of OAP                                    {models[1]["score"]:9.1f}
-questions asked                                 {last["queries"]:9,}
+queries made                                    {last["queries"]:9,}
 answers that preferred the policy, last round   {last["prefers_policy"]:9.1%}
 RankNet's accuracy on samples never asked       {last["ranknet_accuracy"]:9.1%}
 accuracy of always answering "policy"           {last["unasked_prefer_policy"]:9.1%}

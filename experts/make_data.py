@@ -108,7 +108,7 @@ def from_minari(name: str, env: oap.Env) -> tuple[Arrays, dict[str, float]]:
 def references(expert: str, env: oap.Env) -> dict[str, float]:
     """The returns that are the scores 0 and 100: a random policy's, and the expert's."""
     high = load_actor(expert, env)[1]["return"]
-    low = oap.evaluate([env], lambda state: uniform(state, env), 100, (0,)).mean().item()
+    low = oap.evaluate([env], lambda state: uniform(state, env), 100, oap.env_seed(0)).mean().item()
     oap.check(high > low, f"{expert} has a return of {high:,.1f}, a random policy {low:,.1f}")
     return {"ref_min_score": low, "ref_max_score": high}
 

@@ -256,7 +256,8 @@ def test_published_experts_return_what_they_did_in_the_original_stack(name, task
             return x.tanh()
 
     episodes = int(os.environ.get("OAP_EPISODES", 10))
-    returns = oap.evaluate([oap.make_env(task) for _ in range(10)], policy, episodes, (0,))
+    envs = [oap.make_env(task) for _ in range(10)]
+    returns = oap.evaluate(envs, policy, episodes, oap.env_seed(0))
     error = returns.std(ddof=1) / episodes**0.5
     print(f"\n{name}: {returns.mean():.0f} ± {error:.0f} in {episodes} episodes")
     assert abs(returns.mean() - original) < 3 * error + 0.02 * original

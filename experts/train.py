@@ -119,11 +119,10 @@ def train(args: argparse.Namespace) -> None:
         update = agent.update(oap.Batch(*columns, columns[1]))
         if step % args.eval_every == 0:
             best = max((row["return"] for row in rows), default=-math.inf)
-            value = oap.evaluate(envs, policy, 10, (args.seed, step)).mean().item()
+            value = oap.evaluate(envs, policy, 10, oap.env_seed(args.seed, step)).mean().item()
             seconds, log = time.monotonic() - started, {k: x.item() for k, x in update.items()}
             rows.append({"step": step, "return": value, "seconds": seconds} | log)
-            lines = [",".join(map(str, line)) for line in [rows[0], *(x.values() for x in rows)]]
-            oap.write(folder / "progress.csv", "\n".join([*lines, ""]).encode())
+            oap.write_csv(folder / "progress.csv", rows)
             if value > best:
                 oap.save(folder / f"{step}.pt", {
                     "env": args.env, "algo": "sac", "step": step, "return": value,
@@ -141,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
     best = max(rows, key=lambda row: row["return"])["step"]
     model = oap.load(folder / f"{best}.pt", device)
     agent.actor.load_state_dict(model["actor"])
-    model["return"] = oap.evaluate(envs, policy, 100, (args.seed, 0)).mean().item()
+    model["return"] = oap.evaluate(envs, policy, 100, oap.env_seed(args.seed, 0)).mean().item()
     oap.save(folder / "expert.pt", model)
     print(f"{folder / 'expert.pt'}: return {model['return']:,.1f} in 100 other episodes")
 

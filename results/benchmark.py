@@ -40,7 +40,7 @@ def plain(algo: str, columns: list[np.ndarray], device: str) -> Callable[[bool],
         [*pi.parameters(), log_std], [*q1.parameters(), *q2.parameters()], v.parameters()))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(pi_adam, 1_000_000)
 
-    def update(delayed: bool) -> None:
+    def update(update_actor: bool) -> None:
         index = np.random.randint(ROWS, size=BATCH)
         s, a, r, s2, done = (torch.FloatTensor(x[index]).to(device) for x in columns)
         x = torch.cat([s, a], 1)
@@ -61,11 +61,11 @@ def plain(algo: str, columns: list[np.ndarray], device: str) -> Callable[[bool],
             descend(pi_adam, -(weight * policy.log_prob(a).sum(1, keepdim=True)).mean())
             schedule.step()
         descend(q_adam, F.mse_loss(q1(x), y) + F.mse_loss(q2(x), y))
-        if algo == "td3bc" and delayed:
+        if algo == "td3bc" and update_actor:
             own = pi(s).tanh()
             q = q1(torch.cat([s, own], 1))
             descend(pi_adam, -2.5 / q.abs().mean().detach() * q.mean() + F.mse_loss(own, a))
-        for net, target in pairs if algo == "iql" or delayed else ():
+        for net, target in pairs if algo == "iql" or update_actor else ():
             for p, p_target in zip(net.parameters(), target.parameters()):
                 p_target.data.copy_(0.005 * p.data + 0.995 * p_target.data)
 
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
         agent = oap.ALGORITHMS[algo](STATE, ACTION, args)
         torch.set_float32_matmul_precision(precision)
 
-        def ours(preferred: torch.Tensor | None, delayed: bool, agent=agent) -> dict:
+        def ours(preferred: torch.Tensor | None, update_actor: bool, agent=agent) -> dict:
             data.preferred = preferred
-            return agent.update(data.sample(BATCH), delayed)
+            return agent.update(data.sample(BATCH), update_actor)
 
         sides = [plain(algo, columns, flags.device), partial(ours, None), partial(ours, preferred)]
         sides += [oap.graphed(sides[-1])] if cuda else []
@@ -123,14 +123,14 @@ def main(argv: list[str] | None = None) -> None:
     few, updates, asked = ROWS // 10, args.steps + args.finetune_steps, args.budget / 10
     box = oap.BlackBox(math.inf, lambda s, a: agent.critic(s, a).amin(-1))
     ranknet = oap.RankNet(STATE, ACTION).to(flags.device)
-    learner = oap.OAP(state[:few], action[:few], box, ranknet, epochs=0)
+    learner = oap.OAP(state[:few], action[:few], box, ranknet, epochs=1)  # counted below
     of_round = seconds(lambda _: learner.round(agent.actor, int(asked / 10))) * ROWS / few
-    learner.asked[: 200 * BATCH], learner.epochs = True, 1
+    learner.asked[: 200 * BATCH] = True
     of_step = seconds(lambda _: learner.train_ranknet()) / (learner.asked.sum().item() / BATCH)
     steps = sum(args.ranknet_epochs * math.ceil(k * asked / BATCH) for k in range(1, 11))
     envs, act = [oap.make_env(args.env) for _ in range(args.eval_episodes)], torch.no_grad()(
         lambda x: agent.actor(torch.as_tensor(x, dtype=torch.float32, device=flags.device)))
-    of_evaluation = seconds(lambda _: oap.evaluate(envs, act, args.eval_episodes, (0,)))
+    of_evaluation = seconds(lambda _: oap.evaluate(envs, act, args.eval_episodes, oap.env_seed(0)))
     print("\nWhat a run of OAP takes, in minutes, scaled up from a few of each. RankNet's training,"
           f"\n100 epochs in each round, is counted by its steps.\n{'':<36}"
           + "".join(f"{x:>16}" for x in speed))
