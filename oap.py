@@ -1007,26 +1007,26 @@ def train(args: argparse.Namespace) -> Path:
         asking, evaluating = scheme.asks and step in rounds, step % args.eval_every == 0
         saving = step % args.checkpoint_every == 0
         if asking or evaluating or saving:
-            log |= {name: loss.item() for name, loss in losses.items()}
-            check(all(abs(log[name]) < 1e15 for name in losses),  # nor NaN
-                  f"{folder} diverged by update {step:,}: {log}")
+            values = {name: loss.item() for name, loss in losses.items()}
+            check(all(abs(x) < 1e15 for x in values.values()),  # nor NaN
+                  f"{folder} diverged by update {step:,}: {values}")
         if asking:  # Algorithm 1's "if"
-            log = {k: log[k] for k in losses} | oap.round(act, rounds[step], args.audit)
+            log = oap.round(act, rounds[step], args.audit)
         if evaluating:
             seed = env_seed(args.seed, step)
             value = evaluate(envs, act, args.eval_episodes, seed).mean().item()
-            log = {"step": step, "score": 100 * (value - low) / (high - low), "return": value,
+            row = {"step": step, "score": 100 * (value - low) / (high - low), "return": value,
                    "interactions": data.size - data.offline,
                    "queries": black_box.spent if scheme.asks else 0,
-                   "seconds": time.monotonic() - started} | log
-            rows.append(log)
+                   "seconds": time.monotonic() - started} | values | log
+            rows.append(row)
             write_csv(folder / "progress.csv", rows)
-            left = tqdm.format_interval(log["seconds"] / step * (updates - step))
-            shown = ["return" if math.isnan(low) else "score", *(k for k in SHOWN if k in log)]
+            left = tqdm.format_interval(row["seconds"] / step * (updates - step))
+            shown = ["return" if math.isnan(low) else "score", *(k for k in SHOWN if k in row)]
             tqdm.write(f"seed {args.seed}  step {step:>9,}  left {left:>8}" + "".join(
-                f"  {name} {log[name]:8.4g}" for name in shown[:3]))
+                f"  {name} {row[name]:8.4g}" for name in shown[:3]))
             if args.wandb:
-                run.log(log, step)
+                run.log(row, step)
             log = {}
 
         if saving:
