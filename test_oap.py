@@ -234,6 +234,21 @@ def test_rounds_equal_a_slow_and_obvious_version(ranknet):
     with pytest.raises(RuntimeError, match="48 \\+ 1 queries are over 48"):
         oap_.round(policy, 1)
 
+def test_a_round_of_no_queries_changes_nothing():
+    box, ranknet = oap.BlackBox(0, q=lambda s, a: a[:, 0]), oap.RankNet(2, 1).eval()
+    oap_ = oap.OAP(torch.randn(20, 2), torch.zeros(20, 1), box, ranknet)
+    before = copy.deepcopy(oap_.state_dict())
+    oap_.round(lambda s: s[:, :1].tanh(), 0)
+    assert all(torch.equal(x, before[k]) for k, x in oap_.state_dict().items())
+    assert not oap_.asked.any()
+
+def test_an_audit_asks_about_ten_thousand_samples_without_counting_them():
+    asked, state, ranknet = [], torch.randn(25_009, 2), oap.RankNet(2, 1).eval()
+    box = oap.BlackBox(9, prefer=lambda s, a, b: asked.append(len(s)) or a[:, 0] > b[:, 0])
+    oap_ = oap.OAP(state, torch.zeros(25_009, 1), box, ranknet, epochs=1)
+    log = oap_.round(lambda s: s[:, :1].tanh(), 9, audit=True)
+    assert asked == [9, 8334] and box.spent == 9 and 0.4 < log["unasked_prefer_policy"] < 0.6
+
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
 def test_ranknet_learns_answers_about_states_of_any_scale(algo):
     """Dimensions differ by a thousand; answers are linear in the normalised state (issue 16)."""
@@ -541,7 +556,8 @@ def test_files_that_are_no_black_boxes(tmp_path, files):
     for name, message in {"evil": "weights", "script": "", "bit": "damaged", "empty": "", "cut": "",
                           "html": "", "text": "", "tanh": "Tanh", "norm": "VecNormalize",
                           "tqc": "quantiles", "ppo": "no plain Q", "wide": "Q takes 8",
-                          "shift": "size", "other": "no plain Q", "missing": "no black"}.items():
+                          "other": "no plain Q", "shift": "size",
+                          "missing": "no black box"}.items():
         with pytest.raises(oap.BadInput, match=message or None) as error:
             oap.load_black_box(str(tmp_path / name), oap.make_env("Point-v0"), 1, "cpu")
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     few, updates, asked = ROWS // 10, args.steps + args.finetune_steps, args.budget / 10
     box = oap.BlackBox(math.inf, lambda s, a: agent.critic(s, a).amin(-1))
     ranknet = oap.RankNet(STATE, ACTION).to(flags.device)
-    learner = oap.OAP(state[:few], action[:few], box, ranknet, epochs=1)  # counted below
+    learner = oap.OAP(state[:few], action[:few], box, ranknet, epochs=1)  # four steps
     of_round = seconds(lambda _: learner.round(agent.actor, int(asked / 10))) * ROWS / few
     learner.asked[: 200 * BATCH] = True
     of_step = seconds(lambda _: learner.train_ranknet()) / (learner.asked.sum().item() / BATCH)
