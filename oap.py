@@ -554,7 +554,7 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         check(callable(function) and file, f"black box {spec}: there is no such function")
         box = BlackBox(budget, prefer=lambda s, a, b: function(s, raw(a), raw(b)))
         return box, {"expert_sha256": f"{sha256(file)} {name}"}
-    check(Path(spec).is_file(), f"no black box {spec}: --expert names one; see experts/README.md")
+    check(os.path.isfile(spec), f"no black box {spec}: --expert names one; see experts/README.md")
     saved, networks, width = load(spec, device), {}, sum(env.dims)
     with blame(f"black box {spec}"):
         sb3 = saved.get("sb3", {})
@@ -692,6 +692,7 @@ class Env(gym.Wrapper):
 def make_env(name: str) -> Env:
     """D4RL's environment of a task, with the physics of MuJoCo 2.1.0; or Gymnasium's, as it is."""
     robot = find_robot(name)
+    check(re.fullmatch(r"(\w[\w.-]*:)?[^:]+", name), f"--env {name}: neither a task nor module:id")
     options = {"max_episode_steps": robot.horizon}  # None: the id's own
     with (tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(),
           contextlib.redirect_stderr(io.StringIO())):  # advice to use other versions than D4RL's
@@ -1014,8 +1015,7 @@ def train(args: argparse.Namespace) -> Path:
         if asking:  # Algorithm 1's "if"
             log = oap.round(act, rounds[step], args.audit)
         if evaluating:
-            seed = env_seed(args.seed, step)
-            value = evaluate(envs, act, args.eval_episodes, seed).mean().item()
+            value = evaluate(envs, act, args.eval_episodes, env_seed(args.seed, step)).mean().item()
             row = {"step": step, "score": 100 * (value - low) / (high - low), "return": value,
                    "interactions": data.size - data.offline,
                    "queries": black_box.spent if scheme.asks else 0,
