@@ -160,8 +160,8 @@ PUBLISHED = """long: td3bc
 | Hopper-v4-medium-replay | 26.1 ± 0.1 |  |  | 26.5 ± 0.7 | 30.0 ± 0.9 |
 | Hopper-v4-medium-replay | 30.0 ± 0.9 | 35.1 ± 0.1 | 28.1 ± 0.4 |
 
-long: iql
-| AdroitHandPen-v1-medium | 60.3 ± 9.4 |  |  | 62.1 ± 4.0 | 60.6 ± 5.3 |
+iql-2: iql
+| pen-human-v1, own data | 56.8 ± 6.5 |  |  | 56.9 ± 7.9 | 47.2 ± 2.9 |
 
 short: td3bc
 | Walker2d-v4-medium | 32.6 ± 3.7 | 8.6 ± 3.3 | 31.6 ± 2.4 | 34.2 ± 3.3 | 32.6 ± 4.4 |
