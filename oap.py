@@ -11,15 +11,15 @@ instead of always towards a.
 
 Where the paper is in this file:
 
-    Table 1, Table 2    training schemes                  SCHEMES
-    Table 5             hyperparameters                   parse_args, PER_DOMAIN
-    Algorithm 1         the loop; the body of its "if"    train; OAP.round
-    Eq. 2               asking the black box              BlackBox.__call__
-    l_i, Table 5        which samples to ask about        divergence, select_queries
-    Eq. 3, Eq. 4        RankNet's loss; pseudo queries    ranknet_loss, pseudo_query
-    Eq. 5, Eq. 6        the adjusted policy constraint    td3bc_actor_loss, iql_actor_loss
-    Eq. 7               how much better ã is than a       OAP.round; --audit
-    Table 3, Figure 7   variants                          --budget inf, --no-ranknet, --timing
+    Table 1, Table 2      training schemes                SCHEMES
+    Table 5               hyperparameters                 parse_args, PER_DOMAIN
+    Algorithm 1           the loop; the body of its "if"  train; OAP.round
+    Eq. 2                 asking the black box            BlackBox.__call__
+    l_i, Table 5          which samples to ask about      divergence, select_queries
+    Eq. 3, Eq. 4          RankNet's loss; pseudo queries  ranknet_loss, pseudo_query
+    Eq. 5, Eq. 6          the adjusted policy constraint  td3bc_actor_loss, iql_actor_loss
+    Eq. 7, Figure 6       how much better ã is than a     OAP.round; --audit
+    Table 3, Figures 5, 7 variants                        --budget, --no-ranknet, --expert, --timing
 
 What the paper leaves open, and what is done here:
 
@@ -28,10 +28,10 @@ What the paper leaves open, and what is done here:
  2. Samples never asked come first. If a round needs more (pen-human has under 5,000 in all), the
     most divergent others are asked again, about the new π(s). None is asked twice in one round.
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
- 4. ã does not move between rounds: where π(s) was preferred, ã stays that action while π goes on.
+ 4. ã does not move between rounds: where π(s) was preferred, ã stays that action, whatever π does.
     Asked samples keep the black box's answer. RankNet answers anew, in each round, for the others.
- 5. RankNet goes on from round to round: 100 epochs over all of D_q in each (Table 5), in batches
-    of 256, with the others' learning rate. It sees normalised states, whatever the algorithm.
+ 5. RankNet keeps its weights between rounds, and has 100 epochs over all of D_q in each (Table 5),
+    in batches of 256, at the other networks' learning rate. It always sees normalised states.
  6. Eq. 6 is not printed for IQL: ã replaces a in the advantage-weighted regression, both in the
     weight exp(β(Q(s, ã) - V(s))) and in the likelihood. V and Q learn from the data's action.
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
@@ -39,11 +39,11 @@ What the paper leaves open, and what is done here:
  9. IQL's actor has its authors' cosine decay of the learning rate in `offline`, `online` and
     `online-mix` alone: with it, OAP's last rounds would hardly change the policy. All layers are
     initialised as PyTorch does it; IQL's authors take orthogonal matrices.
-10. Interactions are spread evenly over their phase; in `online`, 1,000 random ones come before it.
-    TD3+BC explores with noise, IQL by sampling. Batches are uniform; own transitions have ã = a.
+10. Interactions are spread evenly over their phase, in `online` after 1,000 random ones, with noise
+    (TD3+BC) or sampled (IQL). Batches are uniform. The constraint stays: own samples have ã = a.
 11. With D, TD3+BC normalises states; IQL clips D's actions to 1 - 1e-5 and, except on AntMaze and
     Adroit, scales rewards by 1000 / (best - worst return). AntMaze's rewards are lowered by 1 for
-    both, as IQL's authors do. An evaluation has 10 episodes, each on AntMaze with its own goal.
+    both, as IQL's authors do. Evaluations: 10 episodes (AntMaze: 10 goals) every 5,000 updates.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
           "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
     check(not args.cuda_graph or args.device.startswith("cuda"), "--cuda-graph needs a GPU")
-    with blame(f"--device {args.device}"):  # nonzero() also fails where no numbers are, on "meta"
+    with blame(f"--device {args.device}"):  # nonzero() fails on "meta", which has no numbers
         args.device = str(torch.zeros(1, device=args.device).nonzero().device)  # cuda: cuda:0
     return args
 
@@ -225,9 +225,9 @@ def pseudo_query(ranknet: nn.Module, state: Tensor, action: Tensor, other: Tenso
 class OAP(nn.Module):
     """Algorithm 1's state for a dataset D of N samples: ã, the query dataset D_q, and RankNet.
 
-    To turn an offline algorithm into OAP, let its policy constraint use `preferred` (N, A) instead
-    of `action` (N, A), and call `round` every M_inter updates. `state` (N, O) is what the policy
-    and the black box take. RankNet, f(state, action) -> (B,) of normalised states, may be None.
+    An offline algorithm becomes OAP if its policy constraint uses `preferred` (N, A) and `round` is
+    called every M_inter updates. Policy and black box take `state` (N, O); RankNet takes normalised
+    states, f(state, action) -> (B,), or is None. Save `optimizers` and `black_box.spent`, too.
     """
     def __init__(self, state: Tensor, action: Tensor, black_box: "BlackBox",
                  ranknet: nn.Module | None, epochs: int = 100, lr: float = 3e-4,
@@ -250,21 +250,21 @@ class OAP(nn.Module):
         pi = in_chunks(policy, self.state)  # (N, A)
         ranking = divergence(self.action, pi)  # (N,)
         chosen = select_queries(ranking, self.asked, count)  # (k,)
-        answers = self.black_box(self.state[chosen], self.action[chosen], pi[chosen])  # Eq. 2
+        prefers_data = self.black_box(self.state[chosen], self.action[chosen], pi[chosen])  # Eq. 2
         self.asked[chosen], self.policy_action[chosen] = True, pi[chosen]
-        self.preferred[chosen] = torch.where(answers[:, None], self.action[chosen], pi[chosen])
+        self.preferred[chosen] = torch.where(prefers_data[:, None], self.action[chosen], pi[chosen])
         log = {"divergence": ranking.mean().item(),
-               "prefers_policy": 1 - answers.float().mean().item()}
+               "prefers_policy": 1 - prefers_data.float().mean().item()}
         rest = (~self.asked).nonzero().squeeze(1)
         if self.ranknet is not None and self.asked.any() and len(rest):
             log["ranknet_loss"] = self.train_ranknet()  # Eq. 3
-            action, pi = self.action[rest], pi[rest]
-            answers = pseudo_query(self.ranknet, self.normalized[rest], action, pi)  # Eq. 4
-            self.preferred[rest] = torch.where(answers[:, None], action, pi)
+            a, b = self.action[rest], pi[rest]
+            prefers_data = pseudo_query(self.ranknet, self.normalized[rest], a, b)  # Eq. 4
+            self.preferred[rest] = torch.where(prefers_data[:, None], a, b)
             if audit:  # of about 10,000 samples; nothing that learns may see these answers
                 some = slice(None, None, math.ceil(len(rest) / 10_000))
-                truth = self.black_box.answer(self.state[rest[some]], action[some], pi[some])
-                log |= {"ranknet_accuracy": (answers[some] == truth).float().mean().item(),
+                truth = self.black_box.answer(self.state[rest[some]], a[some], b[some])
+                log |= {"ranknet_accuracy": (prefers_data[some] == truth).float().mean().item(),
                         "unasked_prefer_policy": 1 - truth.float().mean().item()}
         if audit:
             q = self.black_box.value
@@ -431,7 +431,7 @@ class IQL(nn.Module):
     def explore(self, state: Tensor) -> Tensor:
         return self.actor.distribution(state).sample().clamp(-1, 1)
 
-    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:  # TD3+BC's
+    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:  # always updates both
         s, a, r, s2, done, preferred = batch
         args, (actor_opt, critic_opt, value_opt) = self.args, self.optimizers
         with torch.no_grad():
@@ -563,7 +563,7 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         seen, original = (str(sb3.get(k)) for k in ("_last_obs", "_last_original_obs"))
         activation = (sb3.get("policy_kwargs") or {}).get("activation_fn", ".ReLU'>")
         check(networks and all(x.startswith("q") for x in networks), "it has no plain Q(s, a)")
-        # VecNormalize makes float32 of float64: what is serialised has another length.
+        # VecNormalize turns float64 states into float32, so that the two differ in length.
         check("None" in (seen, original) or len(seen) == len(original),
               "it was trained with VecNormalize, which its zip lacks")
         check(activation.endswith(".ReLU'>"), f"{activation} is not ReLU")
@@ -738,7 +738,9 @@ def dataset_file(url: str) -> Path:
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     server, _, name = url.rpartition("/")
     path, own, failures = folder / name, folder / f"{name}.{os.getpid()}", ""
-    for source in () if path.is_file() else (server, MIRROR):
+    if path.is_file():
+        return path
+    for source in (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             content = bytearray()
@@ -754,8 +756,7 @@ def dataset_file(url: str) -> Path:
             return own.rename(path)
         except Exception as error:  # whatever networks and servers raise
             failures += f"; {source}: {error}"
-    check(path.is_file(), f"put D4RL's file at {path}, or name it with --dataset{failures}")
-    return path
+    raise BadInput(f"put D4RL's file at {path}, or name it with --dataset{failures}")
 
 def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """What d4rl.qlearning_dataset makes of a file, its trajectories' returns, and its references.
@@ -832,13 +833,13 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
     scheme, known, about = SCHEMES[args.scheme], env.robot in ROBOTS, {}
     url, references = d4rl_infos(args.env) if known else ("", {})
     rows = int(args.budget) if scheme.acts else 0
-    if scheme.data:
+    if scheme.data or args.dataset:  # `online` takes a file's scores of 0 and 100 alone
         path = Path(args.dataset or dataset_file(url))
         raw, about = load_dataset(path, env)
         about |= {"dataset_sha256": sha256(path), "data_return": raw["returns"].mean().item()}
         if known and about["dataset_sha256"] != checksums().get(Path(url).name):
             print(f"note: by its checksum, {path} is not known to be D4RL's file of {args.env}")
-        rows += len(raw["reward"])
+        rows += scheme.data * len(raw["reward"])
     data = Data(rows, *env.dims, args.device, args.reward_shift)
     if scheme.data:
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
@@ -884,7 +885,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.out, env, "-".join(names), str(args.seed))
 
 def claim(folder: Path, config: dict) -> io.TextIOBase:
-    """Writes config.json; BadInput if another run's is there. The returned file is a lock."""
+    """The lock of a run's folder. BadInput if config.json or another process says it is taken."""
     path, old = folder / "config.json", config
     with blame(f"--out {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -898,7 +899,6 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
                if k not in MAY_CHANGE and str(old.get(k)) != str(v)]
     check(not changed, f"{folder} has a run with {'; '.join(changed)}: --tag names another run,"
           f" rm -r {folder} begins anew")
-    write(path, json.dumps(config, indent=2).encode())
     return lock
 
 def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
@@ -948,7 +948,7 @@ def train(args: argparse.Namespace) -> Path:
         data.preferred = oap.preferred  # the same memory, which a round changes in place
         print(f"{len(rounds)} rounds will make {sum(rounds.values()):,} queries")
     if scheme.acts:
-        env, raw = make_env(args.env), None
+        env, current = make_env(args.env), None
         random_steps = 0 if scheme.data else min(args.random_steps, args.budget)
         start, stop = (args.steps, updates) if args.timing == "ft" else (0, args.steps)
 
@@ -968,6 +968,7 @@ def train(args: argparse.Namespace) -> Path:
     if (folder / "model.pt").is_file():
         print(f"{folder} is finished")
         return folder
+    write(folder / "config.json", json.dumps(config, indent=2).encode())
     checkpoint, rows, log, losses, step, seconds = folder / "checkpoint.pt", [], {}, {}, 0, 0.0
     if checkpoint.is_file():
         saved = load(checkpoint, args.device)
@@ -996,19 +997,19 @@ def train(args: argparse.Namespace) -> Path:
             updates_acting = min(max(step - start, 0), stop - start)
             due = random_steps + (args.budget - random_steps) * updates_acting // (stop - start)
             while (n := data.size - data.offline) < due:
-                if raw is None:  # a new episode, also where a run goes on
-                    raw, _ = env.reset(seed=env_seed(args.seed, n))
-                a = act(raw, agent.explore) if n >= random_steps else (
+                if current is None:  # a new episode, also where a run goes on
+                    current, _ = env.reset(seed=env_seed(args.seed, n, 1))
+                a = act(current, agent.explore) if n >= random_steps else (
                     torch.rand(env.dims[1], device=device) * 2 - 1)
-                next_raw, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
-                data.append(raw, a, reward, next_raw, terminal)
-                raw = None if terminal or truncated else next_raw
+                following, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
+                data.append(current, a, reward, following, terminal)
+                current = None if terminal or truncated else following
 
         losses |= advance(step % args.policy_delay == 0)
 
         asking, evaluating = scheme.asks and step in rounds, step % args.eval_every == 0
-        saving = step % args.checkpoint_every == 0
-        if asking or evaluating or saving:
+        saving = asking or step % args.checkpoint_every == 0  # no round is asked again
+        if saving or evaluating or step == updates:
             values = {name: loss.item() for name, loss in losses.items()}
             check(all(abs(x) < 1e15 for x in values.values()),  # nor NaN
                   f"{folder} diverged by update {step:,}: {values}")
@@ -1029,7 +1030,6 @@ def train(args: argparse.Namespace) -> Path:
             if args.wandb:
                 run.log(row, step)
             log = {}
-
         if saving:
             save(checkpoint, {
                 "step": step, "rows": rows, "log": log, "losses": losses,
@@ -1091,7 +1091,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):  # a black box's or an environment's own
             raise
         message = f"nobody reads the output, or a disk is full: {error}"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or exit fails, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit fails
     print(f"oap.py: {message}", file=sys.stderr)
     return 2
 

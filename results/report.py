@@ -28,9 +28,10 @@ except ImportError as error:
     sys.exit(2)
 
 RESULTS = Path(__file__).resolve().parent
-RULES = """A cell is the mean ± standard deviation over seeds (how many, updates), in brackets the
-paper's. A seed's score is the mean of its last 10 evaluations; a trained black box's is that of
-the policy that was kept, if it was measured. Tasks without reference returns show returns."""
+RULES = """A cell is the mean ± standard deviation (divisor n) over seeds (how many, updates), in
+brackets the paper's. A seed's score is the mean of its last 10 evaluations; a trained black box's
+is that of the policy that was kept, if it was measured. Tasks without reference returns show
+returns."""
 TABLES = {
     "Table 2: training schemes": [*oap.SCHEMES],
     "Table 3: RankNet": ["oap", "oap-inf", "oap-no-ranknet"],
@@ -208,8 +209,8 @@ def figure_3(runs: pd.DataFrame) -> tuple | None:
     grid = grid.loc[:, grid.notna().groupby("label").any().all()].dropna()
     scores = {f"{x} (n={len(grid.loc[x])})": grid.loc[x].to_numpy()
               for x in ordered(grid.index.get_level_values("label"))}
-    if len(scores) < 2 or grid.empty:
-        return None
+    if grid.empty or len(scores) < 2 or min(map(len, scores.values())) < 2:
+        return None  # of one seed, an interval would have no width
     names, points, intervals = ("median", "IQM", "mean", "optimality gap"), {}, {}
     for label, x in scores.items():  # seeds are drawn anew for each task: the tasks are strata
         drawn = np.random.default_rng(0).integers(len(x), size=(2000, *x.shape))
