@@ -159,6 +159,11 @@ def test_benchmark(monkeypatch, capsys):
 PUBLISHED = """paper: td3bc
 | halfcheetah-medium-v2, own data | 50.5 |  |  | 51.4 | 54.2 |
 | hopper-medium-replay-v2, own data | 29.3 |  |  | 30.0 | 35.2 |
+| halfcheetah-medium-v2, own data | 54.0 |
+| hopper-medium-replay-v2, own data | 39.9 |
+
+tenth: td3bc
+| hopper-medium-replay-v2, own data | 29.4 ± 1.3 |
 
 long: td3bc
 | Hopper-v4-medium-replay | 26.1 ± 0.1 |  |  | 26.5 ± 0.7 | 30.0 ± 0.9 |
@@ -179,7 +184,7 @@ def test_the_committed_runs_give_the_published_tables(tmp_path):
     sections = dict(section.split("\n", 1) for section in text.split("\n## ")[1:])
     for name, *rows in map(str.splitlines, PUBLISHED.split("\n\n")):
         assert set(rows) <= set(sections[name].splitlines()), name
-    assert text.count(": not finished, ") == 12
+    assert text.count(": not finished, ") == 11
 
 def test_answers_are_compared_with_the_simulator(tmp_path):
     env, other = (oap.make_env("hopper-medium-v2") for _ in range(2))
