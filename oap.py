@@ -885,16 +885,17 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.out, env, "-".join(names), str(args.seed))
 
 def claim(folder: Path, config: dict) -> io.TextIOBase:
-    """The lock of a run's folder. BadInput if config.json or another process says it is taken."""
-    path, old = folder / "config.json", config
+    """Writes config.json; BadInput if another run's is there. The returned file is a lock."""
+    path = folder / "config.json"
     with blame(f"--out {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
         with blame(f"another process trains in {folder}", BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if path.is_file():
-        with blame(f"{path} can't be read; rm -r {folder} begins anew"):
-            old = dict(json.loads(path.read_text("utf-8")))
+    if not path.is_file():  # written once, with the commit that began the run
+        write(path, json.dumps(config, indent=2).encode())
+    with blame(f"{path} can't be read; rm -r {folder} begins anew"):
+        old = dict(json.loads(path.read_text("utf-8")))
     changed = [f"{k} {old.get(k)}, not {v}" for k, v in config.items()
                if k not in MAY_CHANGE and str(old.get(k)) != str(v)]
     check(not changed, f"{folder} has a run with {'; '.join(changed)}: --tag names another run,"
@@ -968,7 +969,6 @@ def train(args: argparse.Namespace) -> Path:
     if (folder / "model.pt").is_file():
         print(f"{folder} is finished")
         return folder
-    write(folder / "config.json", json.dumps(config, indent=2).encode())
     checkpoint, rows, log, losses, step, seconds = folder / "checkpoint.pt", [], {}, {}, 0, 0.0
     if checkpoint.is_file():
         saved = load(checkpoint, args.device)
