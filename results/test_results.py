@@ -163,7 +163,7 @@ PUBLISHED = """paper: td3bc
 | hopper-medium-replay-v2, own data | 39.9 |
 
 tenth: td3bc
-| hopper-medium-replay-v2, own data | 26.7 ± 0.3 |  |  |  |  |
+| hopper-medium-replay-v2, own data | 26.7 ± 0.3 |  |  |  | 32.6 |
 | hopper-medium-replay-v2, own data | 29.4 ± 1.3 |
 
 long: td3bc
