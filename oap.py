@@ -227,7 +227,7 @@ class OAP(nn.Module):
 
     An offline algorithm becomes OAP if its policy constraint uses `preferred` (N, A) and `round` is
     called every M_inter updates. Policy and black box take `state` (N, O); RankNet takes normalised
-    states, f(state, action) -> (B,), or is None. Save `optimizers` and `black_box.spent`, too.
+    states, f(state, action) -> (B,), or is None. To resume, save the optimizers and `spent`, too.
     """
     def __init__(self, state: Tensor, action: Tensor, black_box: "BlackBox",
                  ranknet: nn.Module | None, epochs: int = 100, lr: float = 3e-4,
@@ -431,7 +431,7 @@ class IQL(nn.Module):
     def explore(self, state: Tensor) -> Tensor:
         return self.actor.distribution(state).sample().clamp(-1, 1)
 
-    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:  # always updates both
+    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:  # IQL always does
         s, a, r, s2, done, preferred = batch
         args, (actor_opt, critic_opt, value_opt) = self.args, self.optimizers
         with torch.no_grad():
@@ -738,9 +738,8 @@ def dataset_file(url: str) -> Path:
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     server, _, name = url.rpartition("/")
     path, own, failures = folder / name, folder / f"{name}.{os.getpid()}", ""
-    if path.is_file():
-        return path
-    for source in (server, MIRROR):
+    sources = () if path.is_file() else (server, MIRROR)
+    for source in sources:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             content = bytearray()
@@ -756,7 +755,8 @@ def dataset_file(url: str) -> Path:
             return own.rename(path)
         except Exception as error:  # whatever networks and servers raise
             failures += f"; {source}: {error}"
-    raise BadInput(f"put D4RL's file at {path}, or name it with --dataset{failures}")
+    check(path.is_file(), f"put D4RL's file at {path}, or name it with --dataset{failures}")
+    return path
 
 def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """What d4rl.qlearning_dataset makes of a file, its trajectories' returns, and its references.
@@ -833,13 +833,13 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
     scheme, known, about = SCHEMES[args.scheme], env.robot in ROBOTS, {}
     url, references = d4rl_infos(args.env) if known else ("", {})
     rows = int(args.budget) if scheme.acts else 0
-    if scheme.data or args.dataset:  # `online` takes a file's scores of 0 and 100 alone
+    if scheme.data or args.dataset:  # `online` takes only its references
         path = Path(args.dataset or dataset_file(url))
         raw, about = load_dataset(path, env)
         about |= {"dataset_sha256": sha256(path), "data_return": raw["returns"].mean().item()}
         if known and about["dataset_sha256"] != checksums().get(Path(url).name):
             print(f"note: by its checksum, {path} is not known to be D4RL's file of {args.env}")
-        rows += scheme.data * len(raw["reward"])
+        rows += len(raw["reward"]) if scheme.data else 0
     data = Data(rows, *env.dims, args.device, args.reward_shift)
     if scheme.data:
         limit = 1 - 1e-5 if args.algo == "iql" else 1.0
@@ -998,7 +998,7 @@ def train(args: argparse.Namespace) -> Path:
             due = random_steps + (args.budget - random_steps) * updates_acting // (stop - start)
             while (n := data.size - data.offline) < due:
                 if current is None:  # a new episode, also where a run goes on
-                    current, _ = env.reset(seed=env_seed(args.seed, n, 1))
+                    current, _ = env.reset(seed=env_seed(args.seed, n, 1))  # no evaluation's
                 a = act(current, agent.explore) if n >= random_steps else (
                     torch.rand(env.dims[1], device=device) * 2 - 1)
                 following, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
