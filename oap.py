@@ -49,20 +49,20 @@ What the paper leaves open, and what is done here:
 import argparse
 import contextlib
 import copy
-import errno
 import fcntl
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
 import re
 import runpy
+import socket
 import sys
 import tempfile
 import time
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -109,11 +109,16 @@ PER_DOMAIN = {  # Table 5; reward_shift is choice 11's
 
 def number(low: float, kind: type = float, high: float = 1e15) -> Callable[[str], float]:
     """An argparse type: a number in [low, high]. A whole one may be written as 1e6."""
-    def parse(text: str) -> float:
+    def number(text: str) -> float:  # argparse's errors show this name
         if not low <= float(text) <= high or kind(float(text)) != float(text):
             raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} of {low:g} to {high:g}")
         return kind(float(text))
-    return parse
+    return number
+
+def query_rounds(args: argparse.Namespace) -> dict[int, float]:
+    """{the update after which a round comes: how many samples it asks about} (choice 8)."""
+    every = args.steps if args.timing == "ft" else args.interval
+    return dict.fromkeys(range(every, args.steps + 1, every), args.budget * every / args.steps)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, with every default in its place. Raises BadInput or exits as argparse does."""
@@ -164,11 +169,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     scheme, robot = SCHEMES[args.scheme], find_robot(args.env)
-    args = argparse.Namespace(**{
-        **{name: default[robot.domain] for name, default in PER_DOMAIN.items()},
+    defaults = {name: default[robot.domain] for name, default in PER_DOMAIN.items()} | {
         "timing": scheme.timing, "normalize": scheme.data and args.algo == "td3bc",
         "reward_scale": scheme.data and args.algo == "iql" and robot.domain == "gym",
-        "expert": str(HERE / "experts" / f"{robot.name}.pt"), **vars(args)})
+        "expert": str(HERE / "experts" / f"{robot.name}.pt")}
+    args = argparse.Namespace(**(defaults | vars(args)))
     check(not scheme.data or args.dataset or robot in ROBOTS,
           f"--env {args.env} is no task of the paper's robots: it needs --dataset FILE")
     check(args.timing != "ft" or scheme.finetune, f"--timing ft: {args.scheme} has one phase")
@@ -180,19 +185,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.finetune_steps = args.finetune_steps if scheme.finetune else 0
     check(args.eval_every <= args.steps + args.finetune_steps,
           "--eval-every is longer than the run: nothing would be measured")
-    check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
-          "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
+    check(re.fullmatch(r"[\w.-]*", args.tag), "--tag: letters, digits, '.', '_' and '-' alone")
     check(not args.cuda_graph or args.device.startswith("cuda"), "--cuda-graph needs a GPU")
     with blame(f"--device {args.device}"):  # nonzero() fails on "meta", which has no numbers
         args.device = str(torch.zeros(1, device=args.device).nonzero().device)  # cuda: cuda:0
     return args
 
 # ----------------------------------------------------------------------------------- OAP, section 3
-
-def query_rounds(args: argparse.Namespace) -> dict[int, float]:
-    """{the update after which a round comes: how many samples it asks about} (choice 8)."""
-    every = args.steps if args.timing == "ft" else args.interval
-    return dict.fromkeys(range(every, args.steps + 1, every), args.budget * every / args.steps)
 
 def divergence(action: Tensor, policy_action: Tensor) -> Tensor:
     """The ranking criterion l_i = (π(s_i) - a_i)²: (N, A), (N, A) -> (N,)."""
@@ -238,61 +237,66 @@ class OAP(nn.Module):
         self.normalized = (state - mean) / std  # (N, O), what RankNet sees
         self.epochs, self.batch_size = epochs, batch_size
         self.optimizers = [] if ranknet is None else [adam(ranknet, lr)]
-        self.register_buffer("preferred", action.clone())  # ã_i = a_i
         # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows that were asked. The last answer to each is
         # enough: one is asked again only when all were asked, and RankNet has nothing to answer.
         self.register_buffer("asked", torch.zeros_like(action[:, 0], dtype=torch.bool))  # (N,)
-        self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A) π^k(s_k)
+        self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A), π when answered
+        self.register_buffer("prefers_data", torch.ones_like(self.asked))  # (N,), by either answer
+        self.register_buffer("preferred", action.clone())  # (N, A): ã_i = a_i
 
-    def round(self, policy: Callable[[Tensor], Tensor], count: int, audit: bool = False) -> dict:
-        """The body of Algorithm 1's "if": asks about `count` samples, sets ã, returns a log. With
-        `audit`, the log has more, from Q* and from answers that no query is counted for."""
+    def round(self, policy: Callable[[Tensor], Tensor], count: int) -> dict[str, float]:
+        """The body of Algorithm 1's "if": asks about `count` samples, changes `preferred` in place,
+        and returns a log. Raises BadInput if actions are not in [-1, 1]."""
         pi = in_chunks(policy, self.state)  # (N, A)
+        check(all((x.abs() <= 1).all() for x in (self.action, pi)), "actions not in [-1, 1]")
         ranking = divergence(self.action, pi)  # (N,)
-        chosen = select_queries(ranking, self.asked, count)  # (k,)
-        prefers_data = self.black_box(self.state[chosen], self.action[chosen], pi[chosen])  # Eq. 2
-        self.asked[chosen], self.policy_action[chosen] = True, pi[chosen]
-        self.preferred[chosen] = torch.where(prefers_data[:, None], self.action[chosen], pi[chosen])
+        k = select_queries(ranking, self.asked, count)  # (count,)
+        self.prefers_data[k] = self.black_box(self.state[k], self.action[k], pi[k])  # Eq. 2
+        self.asked[k], self.policy_action[k] = True, pi[k]
         log = {"divergence": ranking.mean().item(),
-               "prefers_policy": 1 - prefers_data.float().mean().item()}
-        rest = (~self.asked).nonzero().squeeze(1)
-        if self.ranknet is not None and self.asked.any() and len(rest):
+               "prefers_policy": 1 - self.prefers_data[k].float().mean().item()}
+        rest = ~self.asked
+        if self.ranknet is not None and self.asked.any() and rest.any():
             log["ranknet_loss"] = self.train_ranknet()  # Eq. 3
-            a, b = self.action[rest], pi[rest]
-            prefers_data = pseudo_query(self.ranknet, self.normalized[rest], a, b)  # Eq. 4
-            self.preferred[rest] = torch.where(prefers_data[:, None], a, b)
-            if audit:  # of about 10,000 samples; nothing that learns may see these answers
-                some = slice(None, None, math.ceil(len(rest) / 10_000))
-                truth = self.black_box.answer(self.state[rest[some]], a[some], b[some])
-                log |= {"ranknet_accuracy": (prefers_data[some] == truth).float().mean().item(),
-                        "unasked_prefer_policy": 1 - truth.float().mean().item()}
-        if audit:
-            q = self.black_box.value
-            gain = q(self.state, self.preferred) - q(self.state, self.action)  # (N,)
-            log |= {"improvement": gain.mean().item(),  # Eq. 7
-                    "asked_gain": gain[self.asked].mean().item()}
+            self.prefers_data[rest] = pseudo_query(  # Eq. 4
+                self.ranknet, self.normalized[rest], self.action[rest], pi[rest])
+            self.policy_action[rest] = pi[rest]
+        torch.where(self.prefers_data[:, None], self.action, self.policy_action, out=self.preferred)
         return log
 
     def train_ranknet(self) -> float:
         """Descends Eq. 3 for `epochs` over D_q. Returns the mean loss of the last one, in nats."""
-        prefers_data = (self.preferred == self.action).all(-1)  # (N,), also after a tie
         queries = [x[self.asked] for x in (
-            self.normalized, self.action, self.policy_action, prefers_data)]
+            self.normalized, self.action, self.policy_action, self.prefers_data)]
         self.ranknet.train()  # with dropout
         for _ in range(self.epochs):
             order = torch.randperm(len(queries[0]), device=self.asked.device)
             losses = [
-                descend(self.optimizers[0], ranknet_loss(self.ranknet, *(x[k] for x in queries)))
-                for k in order.split(self.batch_size)]
+                descend(self.optimizers[0], ranknet_loss(self.ranknet, *(x[i] for x in queries)))
+                for i in order.split(self.batch_size)]
         self.ranknet.eval()
         return torch.stack(losses).mean().item()
+
+    def audit(self) -> dict[str, float]:
+        """How good the answers are, by uncounted ones, which nothing that learns may see."""
+        q = self.black_box.value
+        gain = q(self.state, self.preferred) - q(self.state, self.action)  # (N,)
+        log = {"improvement": gain.mean().item(),  # Eq. 7
+               "asked_gain": gain[self.asked].mean().item()}
+        rest = (~self.asked).nonzero().squeeze(1)
+        if self.ranknet is not None and len(rest):
+            i = rest[:: math.ceil(len(rest) / 10_000)]  # about 10,000 of them
+            truth = self.black_box.answer(self.state[i], self.action[i], self.policy_action[i])
+            log |= {"ranknet_accuracy": (self.prefers_data[i] == truth).float().mean().item(),
+                    "unasked_prefer_policy": 1 - truth.float().mean().item()}
+        return log
 
 # ----------------------------------------------------------------------------------------- networks
 
 def mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear layers of these sizes, with ReLU and, if asked for, dropout between them."""
     layers = []
-    for i, o in zip(sizes, sizes[1:]):
+    for i, o in itertools.pairwise(sizes):
         layers += [nn.Linear(i, o), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
     return nn.Sequential(*layers[: -2 if dropout else -1])
 
@@ -374,7 +378,8 @@ def bellman_loss(q: Tensor, target: Tensor) -> Tensor:
 
 def td3bc_actor_loss(pi: Tensor, q: Tensor, preferred: Tensor, alpha: float) -> Tensor:
     """Eq. 6 as a loss, -λ Q(s, π(s)) + (π(s) - ã)², with λ = α / mean|Q|. Eq. 5 has ã = a."""
-    return -alpha / q.abs().mean().detach() * q.mean() + F.mse_loss(pi, preferred)
+    lmbda = alpha / q.abs().mean().detach()
+    return -lmbda * q.mean() + F.mse_loss(pi, preferred)
 
 class TD3BC(nn.Module):
     """TD3+BC (Fujimoto & Gu 2021)."""
@@ -420,8 +425,8 @@ class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
     def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace):
         super().__init__()
-        self.args, self.t_max = args, math.inf if args.finetune_steps else args.steps  # choice 9
-        self.actor = GaussianActor(state_dim, action_dim, args.iql_dropout)
+        self.t_max = math.inf if args.finetune_steps else args.steps  # choice 9
+        self.args, self.actor = args, GaussianActor(state_dim, action_dim, args.iql_dropout)
         self.critic, self.value = Critic(state_dim, action_dim), mlp(state_dim, 256, 256, 1)
         self.critic_target = copy.deepcopy(self.critic)
         self.register_buffer("t", torch.zeros(()))  # updates so far
@@ -464,11 +469,11 @@ def check(condition: bool, problem: str) -> None:
         raise BadInput(problem)
 
 @contextlib.contextmanager
-def blame(what: str, *errors: type[Exception]):
-    """Turns these errors, or all, into BadInput: "what: the error's first line"."""
+def blame(what: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception):
+    """Turns these errors into BadInput: "what: the error's first line"."""
     try:
         yield
-    except errors or Exception as error:
+    except errors as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{what}: {first_line}") from error
 
@@ -576,8 +581,8 @@ def load_black_box(spec: str, env: "Env", budget: float, device: str) -> tuple[B
         critics = [mlp(width, *map(len, x[1::2])).to(device) for x in networks.values()]
         for critic, layers in zip(critics, networks.values(), strict=True):
             critic.load_state_dict(dict(zip(critic.state_dict(), layers, strict=True)))
-        mean, std = (torch.as_tensor(saved.get(k, unit), device=device).expand(env.dims[0])
-                     for k, unit in (("mean", 0), ("std", 1)))
+        mean = torch.as_tensor(saved.get("mean", 0), device=device).expand(env.dims[0])
+        std = torch.as_tensor(saved.get("std", 1), device=device).expand(env.dims[0])
         expert_return = float(saved["return"]) if "return" in saved else None
     def q(state: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([(state - mean) / std, action], -1)
@@ -705,7 +710,7 @@ def make_env(name: str) -> Env:
             options |= {"xml_file": f"{folder}/ant_maze.xml",
                         "include_cfrc_ext_in_observation": False,
                         "exclude_current_positions_from_observation": False}
-        with blame(f"--env {name}", gym.error.Error, ImportError):
+        with blame(f"--env {name}", (gym.error.Error, ImportError)):
             env = gym.make(robot.gym_id, disable_env_checker=True, **options)
         if robot in ROBOTS:
             if robot.domain != "adroit":  # whose capsules are in bodies with explicit inertias
@@ -735,25 +740,19 @@ def checksums() -> dict[str, str]:
 
 def dataset_file(url: str) -> Path:
     """A D4RL file in D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded if it is missing."""
-    folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     server, _, name = url.rpartition("/")
-    path, own, failures = folder / name, folder / f"{name}.{os.getpid()}", ""
-    sources = () if path.is_file() else (server, MIRROR)
-    for source in sources:
+    path, failures = folder / name, ""
+    socket.setdefaulttimeout(30)
+    for source in () if path.is_file() else (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            content = bytearray()
-            with (urllib.request.urlopen(f"{source}/{name}", timeout=30) as reply,
-                  tqdm(desc=name, total=reply.length, unit="B", unit_scale=True) as bar):
-                while len(content) < 1e9 and (piece := reply.read1(2**20)):
-                    content += piece
-                    bar.update(len(piece))
-            h5py.File(io.BytesIO(content)).close()  # neither cut off nor an error page
-            digest = hashlib.sha256(content).hexdigest()
-            check(checksums().get(name, digest) == digest, "wrong checksum")
-            write(own, content)
-            return own.rename(path)
-        except Exception as error:  # whatever networks and servers raise
+            with tempfile.TemporaryDirectory(dir=folder) as part:
+                file = f"{part}/{name}"
+                torch.hub.download_url_to_file(f"{source}/{name}", file, checksums().get(name))
+                h5py.File(file).close()  # neither cut off nor an error page
+                return Path(file).rename(path)
+        except Exception as error:  # noqa: BLE001, whatever networks and servers raise
             failures += f"; {source}: {error}"
     check(path.is_file(), f"put D4RL's file at {path}, or name it with --dataset{failures}")
     return path
@@ -769,14 +768,14 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
                        "actions": env.action_space.shape, "rewards": (), "terminals": ()}
     with blame(f"dataset {path}"), np.errstate(over="ignore"), h5py.File(path) as file:
         references = {k: float(file.attrs[k]) for k in REFERENCES if k in file.attrs}
-        low, high = (references.get(k, unit) for k, unit in zip(REFERENCES, (0, 1)))
-        check(len(references) != 1 and -math.inf < low < high < math.inf,
-              f"{' and '.join(REFERENCES)} are {references}")
+        if references:
+            low, high = (references.get(k, math.nan) for k in REFERENCES)
+            check(-math.inf < low < high < math.inf, f"{REFERENCES} are {low}, {high}")
         shapes |= {"timeouts": ()} if "timeouts" in file else {}
         for key, shape in shapes.items():
-            raw[key] = np.asarray(file[key][()]).astype(np.float32, casting="same_kind")
-            shape = len(raw["observations"]), *shape
-            check(raw[key].shape == shape, f"{key} are {raw[key].shape}, not {shape}")
+            raw[key] = file[key][()].astype(np.float32, casting="same_kind")
+            expected = len(raw["observations"]), *shape
+            check(raw[key].shape == expected, f"{key} are {raw[key].shape}, not {expected}")
             check(np.isfinite(raw[key]).all(), f"some {key} are not finite numbers")
         done, timeout = raw["terminals"] > 0, raw.get("timeouts", 0 * raw["terminals"]) > 0
         inside = np.abs(raw["actions"] - env.middle) <= env.half * (1 + 1e-5)
@@ -878,11 +877,10 @@ def evaluate(envs: list[Env], policy: Callable, episodes: int, seed: int) -> np.
 def run_folder(args: argparse.Namespace) -> Path:
     """<out>/<env>/<algo>-<scheme>[-ft|-interval|-inf|-no-ranknet][-tag]/<seed>."""
     scheme, env = SCHEMES[args.scheme], re.sub(r"[^\w.-]", "-", args.env)
-    variants = {args.timing: args.timing != scheme.timing,
-                "inf": scheme.asks and math.isinf(args.budget),
-                "no-ranknet": scheme.asks and not args.ranknet, args.tag: bool(args.tag)}
-    names = args.algo, args.scheme, *(name for name, applies in variants.items() if applies)
-    return Path(args.out, env, "-".join(names), str(args.seed))
+    names = [args.algo, args.scheme, args.timing if args.timing != scheme.timing else "",
+             "inf" if scheme.asks and math.isinf(args.budget) else "",
+             "no-ranknet" if scheme.asks and not args.ranknet else "", args.tag]
+    return Path(args.out, env, "-".join(filter(None, names)), str(args.seed))
 
 def claim(folder: Path, config: dict) -> io.TextIOBase:
     """Writes config.json; BadInput if another run's is there. The returned file is a lock."""
@@ -969,21 +967,22 @@ def train(args: argparse.Namespace) -> Path:
     if (folder / "model.pt").is_file():
         print(f"{folder} is finished")
         return folder
-    checkpoint, rows, log, losses, step, seconds = folder / "checkpoint.pt", [], {}, {}, 0, 0.0
+    checkpoint = folder / "checkpoint.pt"
+    made, rows, log, losses, seconds = 0, [], {}, {}, 0.0
     if checkpoint.is_file():
         saved = load(checkpoint, args.device)
         with blame(f"{checkpoint} is another run's; rm -r {folder} begins anew"):
-            step, rows, log, losses, seconds = (
+            made, rows, log, losses, seconds = (
                 saved[k] for k in ("step", "rows", "log", "losses", "seconds"))
             learner.load_state_dict(saved["learner"])
             for optimizer, x in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(x)
             if scheme.asks:
-                black_box.spent = sum(count for t, count in rounds.items() if t <= step)
+                black_box.spent = sum(count for t, count in rounds.items() if t <= made)
             if scheme.acts:
                 data.append(*data.split(saved["own"]))
             rng.set_rng_state(saved["rng"].cpu())
-        print(f"{folder} continues after update {step:,}")
+        print(f"{folder} continues after update {made:,}")
     if args.wandb:
         with blame("--wandb"):
             import wandb
@@ -992,7 +991,7 @@ def train(args: argparse.Namespace) -> Path:
     low, high = (about_data.get(k, math.nan) for k in REFERENCES)
     started = time.monotonic() - seconds
 
-    for step in tqdm(range(step + 1, updates + 1), initial=step, total=updates, disable=None):
+    for step in tqdm(range(made + 1, updates + 1), initial=made, total=updates, disable=None):
         if scheme.acts:  # as often as is due by now; without D, first some random actions
             updates_acting = min(max(step - start, 0), stop - start)
             due = random_steps + (args.budget - random_steps) * updates_acting // (stop - start)
@@ -1001,9 +1000,9 @@ def train(args: argparse.Namespace) -> Path:
                     current, _ = env.reset(seed=env_seed(args.seed, n, 1))  # no evaluation's
                 a = act(current, agent.explore) if n >= random_steps else (
                     torch.rand(env.dims[1], device=device) * 2 - 1)
-                following, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
-                data.append(current, a, reward, following, terminal)
-                current = None if terminal or truncated else following
+                next_state, reward, terminal, truncated, _ = env.step(a.cpu().numpy())
+                data.append(current, a, reward, next_state, terminal)
+                current = None if terminal or truncated else next_state
 
         losses |= advance(step % args.policy_delay == 0)
 
@@ -1013,10 +1012,12 @@ def train(args: argparse.Namespace) -> Path:
             values = {name: loss.item() for name, loss in losses.items()}
             check(all(abs(x) < 1e15 for x in values.values()),  # nor NaN
                   f"{folder} diverged by update {step:,}: {values}")
-        if asking:  # Algorithm 1's "if"
-            log = oap.round(act, rounds[step], args.audit)
         if evaluating:
-            value = evaluate(envs, act, args.eval_episodes, env_seed(args.seed, step)).mean().item()
+            returns = evaluate(envs, act, args.eval_episodes, env_seed(args.seed, step))
+        if asking:  # Algorithm 1's "if"
+            log = oap.round(act, rounds[step]) | (oap.audit() if args.audit else {})
+        if evaluating:
+            value = returns.mean().item()
             row = {"step": step, "score": 100 * (value - low) / (high - low), "return": value,
                    "interactions": data.size - data.offline,
                    "queries": black_box.spent if scheme.asks else 0,
@@ -1060,8 +1061,8 @@ def demo() -> None:
     at, models = os.path.relpath(HERE), []
     base = [f"--dataset={at}/testdata/pendulum-medium.hdf5", "--env=Pendulum-v1", "--batch-size=64",
             f"--expert={at}/experts/pendulum.pt", "--eval-every=500", "--out=runs/demo"]
-    for flags in ("--scheme=offline --steps=6000", "--scheme=oap --steps=5000 --finetune-steps=1000"
-                  " --interval=1000 --budget=1000 --audit"):
+    ours = "--scheme=oap --steps=5000 --finetune-steps=1000 --interval=1000 --budget=1000 --audit"
+    for flags in ("--scheme=offline --steps=6000", ours):
         print("python oap.py", *base, flags)
         models.append(load(train(parse_args([*base, *flags.split()])) / "model.pt", "cpu"))
     last = [row for row in models[1]["rows"] if "prefers_policy" in row][-1]
@@ -1081,16 +1082,15 @@ def main(argv: list[str] | None = None) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more hardly help
     try:
-        train(parse_args(argv)) if argv or sys.argv[1:] else demo()
+        argv = sys.argv[1:] if argv is None else argv
+        train(parse_args(argv)) if argv else demo()
         return 0
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
     except BadInput as error:
         message = " ".join(str(error).split())
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):  # a black box's or an environment's own
-            raise
-        message = f"nobody reads the output, or a disk is full: {error}"
+    except BrokenPipeError:
+        message = "nobody reads the output; the same command goes on from the last checkpoint"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit fails
     print(f"oap.py: {message}", file=sys.stderr)
     return 2

@@ -143,7 +143,7 @@ def test_every_flag_is_read(capsys):
             and ast.unparse(node.value) in ("args", "self.args")}
     with pytest.raises(SystemExit):
         oap.parse_args(["--help"])
-    flags = set(re.findall(r"^  --(?!no-)([\w-]+)", capsys.readouterr().out, re.M))
+    flags = set(re.findall(r"^  --(?!no-)([\w-]+)", capsys.readouterr().out, re.MULTILINE))
     assert len(flags) > 35 and {flag.replace("-", "_") for flag in flags} <= read
 
 def test_whole_numbers_may_be_written_as_1e6():
@@ -211,7 +211,7 @@ def test_rounds_equal_a_slow_and_obvious_version(ranknet):
     asked, preferred = set(), action.copy()
     for t in range(4):
         policy = lambda s, t=t: (s[:, :2] * (t + 1)).tanh()  # noqa: E731
-        log = oap_.round(policy, k, audit=True)
+        log = oap_.round(policy, k) | oap_.audit()
         pi = np.tanh(state[:, :2] * (t + 1))
         distance = {i: ((pi[i] - action[i]) ** 2).sum() for i in range(n)}
         chosen = sorted(distance, key=lambda i: (i in asked, -distance[i]))[:k]
@@ -233,6 +233,7 @@ def test_rounds_equal_a_slow_and_obvious_version(ranknet):
     assert box.spent == 4 * k and len(asked) == n
     with pytest.raises(RuntimeError, match="48 \\+ 1 queries are over 48"):
         oap_.round(policy, 1)
+    pytest.raises(oap.BadInput, oap_.round, lambda s: 2 * s[:, :2].sign(), 1)
 
 def test_a_round_of_no_queries_changes_nothing():
     box, ranknet = oap.BlackBox(0, q=lambda s, a: a[:, 0]), oap.RankNet(2, 1).eval()
@@ -246,7 +247,7 @@ def test_an_audit_asks_about_ten_thousand_samples_without_counting_them():
     asked, state, ranknet = [], torch.randn(25_009, 2), oap.RankNet(2, 1).eval()
     box = oap.BlackBox(9, prefer=lambda s, a, b: asked.append(len(s)) or a[:, 0] > b[:, 0])
     oap_ = oap.OAP(state, torch.zeros(25_009, 1), box, ranknet, epochs=1)
-    log = oap_.round(lambda s: s[:, :1].tanh(), 9, audit=True)
+    log = oap_.round(lambda s: s[:, :1].tanh(), 9) | oap_.audit()
     assert asked == [9, 8334] and box.spent == 9 and 0.4 < log["unasked_prefer_policy"] < 0.6
 
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
@@ -264,7 +265,7 @@ def test_ranknet_learns_answers_about_states_of_any_scale(algo):
     policy = lambda s: torch.stack([policy_actions[tuple(x)] for x in s.tolist()])  # noqa: E731
     box = oap.BlackBox(1500, q=lambda s, a: (((s / scale - 3)[:, :2]) * a).sum(1))
     oap_ = oap.OAP(*data.split(data.rows)[:2], box, oap.RankNet(4, 2).eval(), 30)
-    assert oap_.round(policy, 1500, audit=True)["ranknet_accuracy"] > 0.9
+    assert (oap_.round(policy, 1500) | oap_.audit())["ranknet_accuracy"] > 0.9
 
 # ----------------------------------------------------------------------------------------- networks
 
@@ -628,7 +629,7 @@ class Odd(Point):
         return super().reset(**kwargs)[0].astype(int), {}
 
     def step(self, action):
-        state, reward, *others = super().step(action)
+        _, reward, *others = super().step(action)
         action[:] = 9
         self.shown = np.array([self.x, getattr(self, "broken", 1.0)])
         return self.shown, np.array([reward], np.float32), *others
@@ -707,7 +708,7 @@ def test_what_networks_see_and_what_the_environment_gave(files, monkeypatch):
     args = make_args("--dataset=point.hdf5", "--scheme=o2o", "--algo=iql", "--budget=7",
                      "--normalize", "--reward-shift=-1")
     data, about = oap.load_data(args, env)
-    state, action, reward, next_state, done = data.split(data.rows)
+    state, action, *_ = data.split(data.rows)
     n = len(raw["reward"])
     assert data.size == data.offline == n and len(data.rows) == n + 7
     np.testing.assert_array_equal(state[:n], raw["state"])
@@ -959,7 +960,7 @@ BAD = """--env=hopper-meduim-v2 / --env=Nothing-v0 / --env=nothing:Nothing-v0 / 
 --expert=mine:nothing / --expert=sys:exit / --random-steps=0 / --budget=1 / --interval=41
 --scheme=offline --timing=ft / --scheme=o2o --budget=inf / --scheme=online --audit / --tag=../x
 --scheme=online --normalize / --eval-every=61 / --cuda-graph / --device=abacus / --device=meta
---device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1 / --tag=no-ranknet
+--device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1 / --steps=many
 --scheme=offline --audit --expert=nan.pt / --env=:x / --env=./mine:Id"""
 
 @pytest.mark.parametrize("argv", BAD.replace("\n", " / ").split(" / "))
@@ -972,9 +973,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, capsys, argv):
     assert code == 2 and (error.startswith("oap.py: ") or "error: " in error)
     assert error.count("\n") == 1 and not list(Path().glob("**/*bad*"))
 
-def test_a_user_s_own_exception_keeps_its_traceback(run, files, monkeypatch):
+def test_a_user_s_own_exception_keeps_its_traceback(run, files):
     (files / "late.py").write_text("def prefer(s, a, b):\n    raise ConnectionError\n")
-    monkeypatch.syspath_prepend(files)
     with pytest.raises(ConnectionError):
         run("--expert=late:prefer", "--out=late")
 

@@ -82,7 +82,7 @@ def train(args: argparse.Namespace) -> None:
     folder = Path(args.out, re.sub(r"[^\w.-]", "-", name))
     device, rng = args.device, torch.cuda if args.device.startswith("cuda") else torch
     oap.check(args.eval_every <= args.steps, "--eval-every is longer than --steps")
-    with oap.blame(f"--device {device}", RuntimeError, AssertionError):
+    with oap.blame(f"--device {device}", (RuntimeError, AssertionError)):
         torch.zeros(1, device=device).item()
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
