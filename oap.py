@@ -327,7 +327,7 @@ class GaussianActor(Actor):
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def distribution(self, state: Tensor) -> torch.distributions.Normal:
-        std = self.log_std.clamp(-5, 2).exp()
+        std = self.log_std.clamp(-5, 2).exp()  # (A,)
         return torch.distributions.Normal(self(state), std, validate_args=False)
 
 def adam(net: nn.Module, lr: float) -> torch.optim.Adam:
@@ -392,7 +392,7 @@ class TD3BC(nn.Module):
         self.optimizers = [adam(self.actor, args.lr), adam(self.critic, args.lr)]
 
     def explore(self, state: Tensor) -> Tensor:
-        return torch.normal(self.actor(state), self.args.exploration_noise).clamp(-1, 1)
+        return torch.normal(self.actor(state), self.args.exploration_noise).clamp(-1, 1)  # (B, A)
 
     def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:
         """Updates the critic and, if `update_actor`, the actor and the target networks."""
@@ -434,7 +434,7 @@ class IQL(nn.Module):
         self.optimizers = [adam(net, args.lr) for net in (self.actor, self.critic, self.value)]
 
     def explore(self, state: Tensor) -> Tensor:
-        return self.actor.distribution(state).sample().clamp(-1, 1)
+        return self.actor.distribution(state).sample().clamp(-1, 1)  # (B, A)
 
     def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:  # IQL always does
         s, a, r, s2, done, preferred = batch
@@ -1007,12 +1007,12 @@ def train(args: argparse.Namespace) -> Path:
         losses |= advance(step % args.policy_delay == 0)
 
         asking, evaluating = scheme.asks and step in rounds, step % args.eval_every == 0
-        saving = asking or step % args.checkpoint_every == 0  # no round is asked again
+        saving = asking or step % args.checkpoint_every == 0
         if saving or evaluating or step == updates:
             values = {name: loss.item() for name, loss in losses.items()}
             check(all(abs(x) < 1e15 for x in values.values()),  # nor NaN
                   f"{folder} diverged by update {step:,}: {values}")
-        if evaluating:
+        if evaluating:  # before the round, whose answers are saved as soon as it has ended
             returns = evaluate(envs, act, args.eval_episodes, env_seed(args.seed, step))
         if asking:  # Algorithm 1's "if"
             log = oap.round(act, rounds[step]) | (oap.audit() if args.audit else {})
