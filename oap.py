@@ -185,7 +185,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.finetune_steps = args.finetune_steps if scheme.finetune else 0
     check(args.eval_every <= args.steps + args.finetune_steps,
           "--eval-every is longer than the run: nothing would be measured")
-    check(re.fullmatch(r"[\w.-]*", args.tag), "--tag: letters, digits, '.', '_' and '-' alone")
+    check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
+          "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
     check(not args.cuda_graph or args.device.startswith("cuda"), "--cuda-graph needs a GPU")
     with blame(f"--device {args.device}"):  # nonzero() fails on "meta", which has no numbers
         args.device = str(torch.zeros(1, device=args.device).nonzero().device)  # cuda: cuda:0
@@ -502,8 +503,7 @@ def sha256(path: str | Path) -> str:
 def load(path: str | Path, device: str) -> dict:
     """What `save` wrote, or "critic" and "sb3" of a Stable-Baselines3 zip. No code is ever run."""
     with blame(f"{path} can't be read as weights"), zipfile.ZipFile(path) as archive:  # torch's too
-        damaged = archive.testzip()
-        check(not damaged, f"{damaged} is damaged")
+        check(not archive.testzip(), "it is damaged")
         if "policy.pth" not in archive.namelist():
             return torch.load(path, device, weights_only=True)
         nets = torch.load(io.BytesIO(archive.read("policy.pth")), device, weights_only=True)

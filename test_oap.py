@@ -960,8 +960,8 @@ BAD = """--env=hopper-meduim-v2 / --env=Nothing-v0 / --env=nothing:Nothing-v0 / 
 --expert=mine:nothing / --expert=sys:exit / --random-steps=0 / --budget=1 / --interval=41
 --scheme=offline --timing=ft / --scheme=o2o --budget=inf / --scheme=online --audit / --tag=../x
 --scheme=online --normalize / --eval-every=61 / --cuda-graph / --device=abacus / --device=meta
---device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1 / --steps=many
---scheme=offline --audit --expert=nan.pt / --env=:x / --env=./mine:Id"""
+--device=cuda:77 / --out=point.hdf5 / --scheme=onlin / --wings=2 / --seed=-1 / --tag=no-ranknet
+--steps=many / --scheme=offline --audit --expert=nan.pt / --env=:x / --env=./mine:Id"""
 
 @pytest.mark.parametrize("argv", BAD.replace("\n", " / ").split(" / "))
 def test_bad_input_is_one_line_and_exit_code_2(run, capsys, argv):
