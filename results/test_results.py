@@ -163,12 +163,12 @@ PUBLISHED = """paper: td3bc
 | hopper-medium-replay-v2, own data | 39.9 |
 
 tenth: td3bc
-| hopper-medium-replay-v2, own data | 26.7 ± 0.3 |  |  |  | 32.6 |
+| hopper-medium-replay-v2, own data | 26.7 ± 0.3 |  |  | 27.2 ± 0.3 | 32.0 ± 2.0 |
+| hopper-medium-replay-v2, own data | 32.0 ± 2.0 | 34.9 ± 0.6 | 28.7 ± 0.6 |
 | hopper-medium-replay-v2, own data | 29.4 ± 1.3 |
 
 long: td3bc
-| Hopper-v4-medium-replay | 26.1 ± 0.1 |  |  | 26.5 ± 0.7 | 30.0 ± 0.9 |
-| Hopper-v4-medium-replay | 30.0 ± 0.9 | 35.1 ± 0.1 | 28.1 ± 0.4 |
+| Hopper-v4-medium | 34.8 ± 0.2 |  |  |  | 34.3 ± 0.5 |
 
 iql-2: iql
 | pen-human-v1, own data | 56.8 ± 6.5 |  |  | 56.9 ± 7.9 | 47.2 ± 2.9 |
