@@ -241,8 +241,8 @@ class OAP(nn.Module):
         # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows that were asked. The last answer to each is
         # enough: one is asked again only when all were asked, and RankNet has nothing to answer.
         self.register_buffer("asked", torch.zeros_like(action[:, 0], dtype=torch.bool))  # (N,)
-        self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A), π when answered
-        self.register_buffer("prefers_data", torch.ones_like(self.asked))  # (N,), by either answer
+        self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A): π(s), as judged
+        self.register_buffer("prefers_data", torch.ones_like(self.asked))  # (N,): and the answer
         self.register_buffer("preferred", action.clone())  # (N, A): ã_i = a_i
 
     def round(self, policy: Callable[[Tensor], Tensor], count: int) -> dict[str, float]:
