@@ -49,6 +49,7 @@ What the paper leaves open, and what is done here:
 import argparse
 import contextlib
 import copy
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -59,10 +60,10 @@ import math
 import os
 import re
 import runpy
-import socket
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -332,9 +333,8 @@ class GaussianActor(Actor):
         return torch.distributions.Normal(self(state), std, validate_args=False)
 
 def adam(net: nn.Module, lr: float) -> torch.optim.Adam:
-    parameters = list(net.parameters())
-    lr = parameters[0].new_tensor(lr)  # a CUDA graph would not see a number change
-    return torch.optim.Adam(parameters, lr, fused=True, capturable=lr.is_cuda)
+    lr = next(net.parameters()).new_tensor(lr)  # a CUDA graph would not see a number change
+    return torch.optim.Adam(net.parameters(), lr, fused=True, capturable=lr.is_cuda)
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """A step of the optimizer's parameters; other networks in the loss get no gradient."""
@@ -379,8 +379,7 @@ def bellman_loss(q: Tensor, target: Tensor) -> Tensor:
 
 def td3bc_actor_loss(pi: Tensor, q: Tensor, preferred: Tensor, alpha: float) -> Tensor:
     """Eq. 6 as a loss, -λ Q(s, π(s)) + (π(s) - ã)², with λ = α / mean|Q|. Eq. 5 has ã = a."""
-    lmbda = alpha / q.abs().mean().detach()
-    return -lmbda * q.mean() + F.mse_loss(pi, preferred)
+    return -alpha / q.abs().mean().detach() * q.mean() + F.mse_loss(pi, preferred)
 
 class TD3BC(nn.Module):
     """TD3+BC (Fujimoto & Gu 2021)."""
@@ -669,9 +668,8 @@ class Env(gym.Wrapper):
 
     def finite(self, state: np.ndarray, reward: float = 0.0) -> tuple[np.ndarray, float]:
         state, reward = np.array(state, float), np.asarray(reward, float).item()
-        fits = state.shape == self.observation_space.shape
-        check(fits and np.isfinite(np.append(state, reward)).all(),
-              f"{self.robot.gym_id} gave a state {state}, reward {reward}, or was given NaN")
+        fits = state.shape == self.observation_space.shape and np.isfinite([*state, reward]).all()
+        check(fits, f"{self.robot.gym_id} gave a state {state}, reward {reward}, or was given NaN")
         return state, reward
 
     def reset(self, **kwargs):
@@ -743,15 +741,17 @@ def dataset_file(url: str) -> Path:
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     server, _, name = url.rpartition("/")
     path, failures = folder / name, ""
-    socket.setdefaulttimeout(30)
     for source in () if path.is_file() else (server, MIRROR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as part:
-                file = f"{part}/{name}"
-                torch.hub.download_url_to_file(f"{source}/{name}", file, checksums().get(name))
+            with (tempfile.TemporaryDirectory(dir=folder) as part,
+                  urllib.request.urlopen(f"{source}/{name}", timeout=30) as reply,
+                  tqdm.wrapattr(reply, "read", total=reply.length, desc=name) as body):
+                file = Path(part, name)
+                file.write_bytes(b"".join(iter(lambda: body.read(2**20), b"")))  # by the megabyte
                 h5py.File(file).close()  # neither cut off nor an error page
-                return Path(file).rename(path)
+                check(checksums().get(name) in (None, sha256(file)), "wrong checksum")
+                return file.rename(path)
         except Exception as error:  # noqa: BLE001, whatever networks and servers raise
             failures += f"; {source}: {error}"
     check(path.is_file(), f"put D4RL's file at {path}, or name it with --dataset{failures}")
@@ -768,9 +768,8 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
                        "actions": env.action_space.shape, "rewards": (), "terminals": ()}
     with blame(f"dataset {path}"), np.errstate(over="ignore"), h5py.File(path) as file:
         references = {k: float(file.attrs[k]) for k in REFERENCES if k in file.attrs}
-        if references:
-            low, high = (references.get(k, math.nan) for k in REFERENCES)
-            check(-math.inf < low < high < math.inf, f"{REFERENCES} are {low}, {high}")
+        low, high = (references.get(k, math.nan) for k in REFERENCES)
+        check(not references or -math.inf < low < high < math.inf, f"{REFERENCES}: {low}, {high}")
         shapes |= {"timeouts": ()} if "timeouts" in file else {}
         for key, shape in shapes.items():
             raw[key] = file[key][()].astype(np.float32, casting="same_kind")
@@ -1013,11 +1012,10 @@ def train(args: argparse.Namespace) -> Path:
             check(all(abs(x) < 1e15 for x in values.values()),  # nor NaN
                   f"{folder} diverged by update {step:,}: {values}")
         if evaluating:  # before the round, whose answers are saved as soon as it has ended
-            returns = evaluate(envs, act, args.eval_episodes, env_seed(args.seed, step))
+            value = float(evaluate(envs, act, args.eval_episodes, env_seed(args.seed, step)).mean())
         if asking:  # Algorithm 1's "if"
             log = oap.round(act, rounds[step]) | (oap.audit() if args.audit else {})
         if evaluating:
-            value = returns.mean().item()
             row = {"step": step, "score": 100 * (value - low) / (high - low), "return": value,
                    "interactions": data.size - data.offline,
                    "queries": black_box.spent if scheme.asks else 0,
@@ -1089,8 +1087,10 @@ def main(argv: list[str] | None = None) -> int:
         message = "interrupted; the same command goes on from the last checkpoint"
     except BadInput as error:
         message = " ".join(str(error).split())
-    except BrokenPipeError:
-        message = "nobody reads the output; the same command goes on from the last checkpoint"
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):  # a black box's or an environment's own
+            raise
+        message = f"nobody reads the output, or a disk is full: {error}"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit fails
     print(f"oap.py: {message}", file=sys.stderr)
     return 2
