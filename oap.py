@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tag", default="", help="appended to the name of the run's folder")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="TF32")
-    add("--cuda-graph", action=switch, default=False, help="replay updates; untried on a GPU")
+    add("--cuda-graph", action=switch, default=derived, help="replay updates; default: on a GPU")
     add("--checkpoint-every", type=count, default=20_000, help="updates between checkpoints")
     add("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
@@ -173,7 +173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     defaults = {name: default[robot.domain] for name, default in PER_DOMAIN.items()} | {
         "timing": scheme.timing, "normalize": scheme.data and args.algo == "td3bc",
         "reward_scale": scheme.data and args.algo == "iql" and robot.domain == "gym",
-        "expert": str(HERE / "experts" / f"{robot.name}.pt")}
+        "cuda_graph": "cuda" in args.device, "expert": str(HERE / f"experts/{robot.name}.pt")}
     args = argparse.Namespace(**(defaults | vars(args)))
     check(not scheme.data or args.dataset or robot in ROBOTS,
           f"--env {args.env} is no task of the paper's robots: it needs --dataset FILE")
@@ -902,16 +902,16 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
 def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
     """`advance`, replayed from a CUDA graph for each argument: one launch instead of a hundred.
     What it reads must stay where it is in memory and be changed in place."""
-    graphs, calls = {}, {False: 0, True: 0}
+    graphs, calls, stream = {}, {False: 0, True: 0}, torch.cuda.Stream()
     torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.Stream())  # where PyTorch wants the warm-up to run
+    torch.cuda.set_stream(stream)  # one for captures and replays: both write the random state
     def replay(update_actor: bool) -> dict[str, Tensor]:
         calls[update_actor] += 1
         if calls[update_actor] <= 3:  # to warm up, as capturing asks for
             return advance(update_actor)
         if update_actor not in graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, and does not run
+            with torch.cuda.graph(graph, stream=stream):  # records, and does not run
                 graphs[update_actor] = graph, advance(update_actor)
         graphs[update_actor][0].replay()
         return graphs[update_actor][1]

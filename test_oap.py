@@ -1,4 +1,4 @@
-"""Tests of oap.py, in its order: python -m pytest -q. They need neither a network nor a GPU."""
+"""Tests of oap.py, in its order: python -m pytest -q. They use neither a network nor a GPU."""
 
 import ast
 import base64
@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import oap
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU can't be forked
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
@@ -457,21 +458,20 @@ def test_a_replayed_update_equals_an_eager_one(algo, monkeypatch):
     assert not torch.equal(eager, trained(algo, replayed=True))
 
 def test_a_graph_warms_up_records_without_running_and_replays(monkeypatch):
-    counts, recording = {"run": 0, "recorded": 0, "replayed": 0}, []
+    counts, recording, current = {"run": 0, "recorded": 0, "replayed": 0}, [], []
     replayed = lambda graph: counts.update(replayed=counts["replayed"] + 1)  # noqa: E731
 
     @contextlib.contextmanager
-    def record(graph):
-        recording.append(graph)
+    def record(graph, stream):
+        recording.append(current.index(stream))
         yield
         recording.pop()
 
     def advance(update_actor):
         counts["recorded" if recording else "run"] += 1
         return {"actor": update_actor}
-
-    fakes = {"Stream": object, "set_stream": id, "synchronize": lambda: None, "graph": record,
-             "CUDAGraph": type("Graph", (), {"replay": replayed})}
+    fakes = {"Stream": object, "set_stream": current.append, "synchronize": lambda: None,
+             "graph": record, "CUDAGraph": type("Graph", (), {"replay": replayed})}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     replay = oap.graphed(advance)
