@@ -30,12 +30,12 @@ What the paper leaves open, and what is done here:
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã does not move between rounds: where π(s) was preferred, ã stays that action, whatever π does.
     Asked samples keep the black box's answer. RankNet answers anew, in each round, for the others.
- 5. RankNet keeps its weights between rounds, and has 100 epochs over all of D_q in each (Table 5),
-    in batches of 256, at the other networks' learning rate. It always sees normalised states.
+ 5. RankNet keeps its weights between rounds, each with 100 epochs over all of D_q (Table 5), in
+    batches of 256 normalised states, at the common learning rate. a and π(s) have own dropouts.
  6. Eq. 6 is not printed for IQL: ã replaces a in the advantage-weighted regression, both in the
     weight exp(β(Q(s, ã) - V(s))) and in the likelihood. V and Q learn from the data's action.
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
- 8. Every round asks K M_inter / N_train samples; the 100k updates after N_train ask nothing.
+ 8. A round asks K M_inter / N_train samples; `--timing ft`'s one, K; the last 100k updates, none.
  9. IQL's actor has its authors' cosine decay of the learning rate in `offline`, `online` and
     `online-mix` alone: with it, OAP's last rounds would hardly change the policy. All layers are
     initialised as PyTorch does it; IQL's authors take orthogonal matrices.
@@ -188,7 +188,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
           "--eval-every is longer than the run: nothing would be measured")
     check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
           "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
-    check(not args.cuda_graph or args.device.startswith("cuda"), "--cuda-graph needs a GPU")
+    check(not args.cuda_graph or "cuda" in args.device, "--cuda-graph needs a GPU")
     with blame(f"--device {args.device}"):  # nonzero() fails on "meta", which has no numbers
         args.device = str(torch.zeros(1, device=args.device).nonzero().device)  # cuda: cuda:0
     return args
@@ -902,16 +902,14 @@ def claim(folder: Path, config: dict) -> io.TextIOBase:
 def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
     """`advance`, replayed from a CUDA graph for each argument: one launch instead of a hundred.
     What it reads must stay where it is in memory and be changed in place."""
-    graphs, calls, stream = {}, {False: 0, True: 0}, torch.cuda.Stream()
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(stream)  # one for captures and replays: both write the random state
+    graphs, calls = {}, {False: 0, True: 0}
     def replay(update_actor: bool) -> dict[str, Tensor]:
         calls[update_actor] += 1
         if calls[update_actor] <= 3:  # to warm up, as capturing asks for
             return advance(update_actor)
         if update_actor not in graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):  # records, and does not run
+            graph = torch.cuda.CUDAGraph()  # on the replays' stream, as both write the random state
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # runs nothing yet
                 graphs[update_actor] = graph, advance(update_actor)
         graphs[update_actor][0].replay()
         return graphs[update_actor][1]
@@ -925,6 +923,8 @@ def train(args: argparse.Namespace) -> Path:
     rng = torch.cuda if device.type == "cuda" else torch  # where all random numbers come from
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one can't be captured
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
 
@@ -937,7 +937,7 @@ def train(args: argparse.Namespace) -> Path:
     if scheme.asks or args.audit:
         black_box.answer(state[:2], action[:2], action[:2])  # a misfit fails now; ties tell nothing
     agent = ALGORITHMS[args.algo](*envs[0].dims, args)
-    learner, optimizers = nn.ModuleDict({"agent": agent}), list(agent.optimizers)
+    learner, optimizers = nn.ModuleDict({"agent": agent}), agent.optimizers
     if scheme.asks:
         ranknet = RankNet(*envs[0].dims).to(device) if args.ranknet else None
         oap = OAP(state, action, black_box, ranknet, args.ranknet_epochs, args.lr)

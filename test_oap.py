@@ -458,21 +458,21 @@ def test_a_replayed_update_equals_an_eager_one(algo, monkeypatch):
     assert not torch.equal(eager, trained(algo, replayed=True))
 
 def test_a_graph_warms_up_records_without_running_and_replays(monkeypatch):
-    counts, recording, current = {"run": 0, "recorded": 0, "replayed": 0}, [], []
+    counts, recording = {"run": 0, "recorded": 0, "replayed": 0}, []
     replayed = lambda graph: counts.update(replayed=counts["replayed"] + 1)  # noqa: E731
-
     @contextlib.contextmanager
     def record(graph, stream):
-        recording.append(current.index(stream))
+        assert stream == "that of the replays"
+        recording.append(graph)
         yield
         recording.pop()
 
     def advance(update_actor):
         counts["recorded" if recording else "run"] += 1
         return {"actor": update_actor}
-    fakes = {"Stream": object, "set_stream": current.append, "synchronize": lambda: None,
-             "graph": record, "CUDAGraph": type("Graph", (), {"replay": replayed})}
-    for name, fake in fakes.items():
+
+    for name, fake in {"current_stream": lambda: "that of the replays", "graph": record,
+                       "CUDAGraph": type("Graph", (), {"replay": replayed})}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     replay = oap.graphed(advance)
     assert all(replay(t % 2 == 0) == {"actor": t % 2 == 0} for t in range(20))

@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=90, help="for updates (default: 90)")
     flags = parser.parse_args(argv)
     torch.set_num_threads(flags.threads)
-    cuda = flags.device.startswith("cuda")
+    if cuda := flags.device.startswith("cuda"):
+        torch.cuda.set_stream(torch.cuda.Stream(flags.device))  # the default one can't be captured
     print(f"{flags.device}, {flags.threads} threads, PyTorch {torch.__version__}: about"
           f" {flags.seconds + 30:.0f} seconds, less than {flags.seconds + 90:.0f}.", flush=True)
     data = oap.Data(ROWS, STATE, ACTION, flags.device)
