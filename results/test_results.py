@@ -160,6 +160,7 @@ PUBLISHED = """paper: td3bc
 | halfcheetah-medium-v2, own data | 50.5 |  |  | 51.4 | 54.2 |
 | hopper-medium-replay-v2, own data | 29.3 |  |  | 30.0 | 35.2 |
 | halfcheetah-medium-v2, own data | 54.2 | 54.1 |  |
+| hopper-medium-replay-v2, own data | 35.2 | 45.4 |  |
 | halfcheetah-medium-v2, own data | 54.0 |
 | hopper-medium-replay-v2, own data | 39.9 |
 
