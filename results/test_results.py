@@ -157,7 +157,7 @@ def test_benchmark(monkeypatch, capsys):
     assert [x.split(",")[0] for x in lines if "matmul " in x] == ["td3bc", "td3bc", "iql", "iql"]
 
 PUBLISHED = """paper: td3bc
-| halfcheetah-medium-v2, own data | 50.5 |  |  | 51.4 | 54.2 |
+| halfcheetah-medium-v2, own data | 50.0 ± 0.5 |  |  | 51.6 ± 0.1 | 54.2 |
 | hopper-medium-replay-v2, own data | 29.3 |  |  | 30.0 | 35.2 |
 | halfcheetah-medium-v2, own data | 54.2 | 54.1 |  |
 | hopper-medium-replay-v2, own data | 35.2 | 45.4 |  |
