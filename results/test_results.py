@@ -167,7 +167,7 @@ PUBLISHED = """paper: td3bc
 tenth: td3bc
 | hopper-medium-replay-v2, own data | 26.7 ± 0.3 |  |  | 27.2 ± 0.3 | 32.0 ± 2.0 |
 | hopper-medium-replay-v2, own data | 32.0 ± 2.0 | 34.9 ± 0.6 | 28.7 ± 0.6 |
-| hopper-medium-replay-v2, own data | 29.4 ± 1.3 |
+| hopper-medium-replay-v2, own data | 29.4 ± 1.3 | 27.8 | 34.6 ± 0.0 |
 
 gpu: td3bc
 | hopper-medium-replay-v2, own data | 26.5 ± 0.7 |  |  | 26.4 ± 0.5 |  |
