@@ -31,11 +31,11 @@ What the paper leaves open, and what is done here:
  4. ã does not move between rounds: where π(s) was preferred, ã stays that action, whatever π does.
     Asked samples keep the black box's answer. RankNet answers anew, in each round, for the others.
  5. RankNet keeps its weights between rounds, each with 100 epochs over all of D_q (Table 5), in
-    batches of 256 normalised states, at the common learning rate. a and π(s) have own dropouts.
+    batches of 256 normalised states, the common learning rate, own dropout masks for a and π(s).
  6. Eq. 6 is not printed for IQL: ã replaces a in the advantage-weighted regression, both in the
     weight exp(β(Q(s, ã) - V(s))) and in the likelihood. V and Q learn from the data's action.
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
- 8. A round asks K M_inter / N_train samples; `--timing ft`'s one, K; the last 100k updates, none.
+ 8. A round asks K M_inter / N_train samples (`--timing ft`: K). None comes after update N_train.
  9. IQL's actor has its authors' cosine decay of the learning rate in `offline`, `online` and
     `online-mix` alone: with it, OAP's last rounds would hardly change the policy. All layers are
     initialised as PyTorch does it; IQL's authors take orthogonal matrices.
@@ -908,8 +908,8 @@ def graphed(advance: Callable[[bool], dict]) -> Callable[[bool], dict]:
         if calls[update_actor] <= 3:  # to warm up, as capturing asks for
             return advance(update_actor)
         if update_actor not in graphs:
-            graph = torch.cuda.CUDAGraph()  # on the replays' stream, as both write the random state
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # runs nothing yet
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            with torch.cuda.graph(graph, stream=stream):  # the replays': both set the random state
                 graphs[update_actor] = graph, advance(update_actor)
         graphs[update_actor][0].replay()
         return graphs[update_actor][1]
