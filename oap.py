@@ -30,8 +30,9 @@ What the paper leaves open, and what is done here:
  3. A tie keeps the data's action, in Eq. 2 and in Eq. 4.
  4. ã does not move between rounds: where π(s) was preferred, ã stays that action, whatever π does.
     Asked samples keep the black box's answer. RankNet answers anew, in each round, for the others.
- 5. RankNet keeps its weights between rounds, each with 100 epochs over all of D_q (Table 5), in
-    batches of 256 normalised states, the common learning rate, own dropout masks for a and π(s).
+ 5. RankNet keeps its weights between rounds, each with 100 epochs over all of D_q (Table 5), always
+    in batches of 256 normalised states, the common learning rate, own dropout masks for a and π(s).
+    It is not trained where all of D has been asked, as nothing is left for it to answer.
  6. Eq. 6 is not printed for IQL: ã replaces a in the advantage-weighted regression, both in the
     weight exp(β(Q(s, ã) - V(s))) and in the likelihood. V and Q learn from the data's action.
  7. Table 5's λ is TD3+BC's α; Eq. 6's λ is α / mean|Q|. (π(s) - ã)² is a mean over dimensions.
@@ -126,47 +127,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, allow_abbrev=False,  # without usage, an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, switch, derived = parser.add_argument, argparse.BooleanOptionalAction, argparse.SUPPRESS
+    add, switch, unset = parser.add_argument, argparse.BooleanOptionalAction, argparse.SUPPRESS
     count, whole, least0, share = number(1, int, 1e9), number(0, int), number(0), number(0, high=1)
     add("--scheme", choices=SCHEMES, default="oap", help="Table 1's training schemes")
     add("--env", default="pen-human-v1", help="D4RL task, or a Gymnasium id with --dataset")
     add("--algo", choices=ALGORITHMS, default="td3bc", help="offline RL algorithm")
     add("--seed", type=whole, default=0, help="of all random numbers")
     add("--dataset", default="", help="hdf5 file in D4RL's format instead of the task's own")
-    add("--expert", default=derived, help="black box (README); default: experts/ROBOT.pt")
+    add("--expert", default=unset, help="black box (README); default: experts/ROBOT.pt")
     add("--out", default="runs", help="folder of all runs")
     add("--tag", default="", help="appended to the name of the run's folder")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="TF32")
-    add("--cuda-graph", action=switch, default=derived, help="replay updates; default: on a GPU")
+    add("--cuda-graph", action=switch, default=unset, help="replay updates; default: on a GPU")
     add("--checkpoint-every", type=count, default=20_000, help="updates between checkpoints")
     add("--wandb", action=switch, default=False, help="log to Weights & Biases too")
     add("--steps", type=count, default=1_000_000, help="updates of the first phase, N_train")
     add("--finetune-steps", type=count, default=100_000, help="updates of the second phase")
     add("--budget", type=number(1, high=math.inf), default=1e5, help="queries or interactions, K")
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
-    add("--timing", choices=("interval", "ft"), default=derived, help="Figure 7; default: scheme's")
+    add("--timing", choices=("interval", "ft"), default=unset, help="Figure 7; default: scheme's")
     add("--ranknet", action=switch, default=True, help="without: Table 3's OAP(w/ RN)")
     add("--ranknet-epochs", type=count, default=100, help="over D_q, in each round")
     add("--audit", action=switch, default=False, help="measure RankNet, Eq. 7 and Figure 6")
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
     add("--eval-episodes", type=count, default=10, help="per evaluation")
-    add("--normalize", action=switch, default=derived, help="states; default: td3bc with D")
-    add("--reward-scale", action=switch, default=derived, help="choice 11; default: iql with D")
-    add("--reward-shift", type=number(-1e15), default=derived, help="default: 0; AntMaze -1")
+    add("--normalize", action=switch, default=unset, help="states; default: td3bc with D")
+    add("--reward-scale", action=switch, default=unset, help="choice 11; default: iql with D")
+    add("--reward-shift", type=number(-1e15), default=unset, help="default: 0; AntMaze -1")
     add("--batch-size", type=count, default=256, help="samples per update")
     add("--lr", type=least0, default=3e-4, help="Adam's learning rate, of every network")
     add("--discount", type=share, default=0.99, help="gamma")
     add("--polyak", type=share, default=0.005, help="update rate of target networks")
     add("--random-steps", type=count, default=1_000, help="before the first update, without D")
-    add("--td3bc-alpha", type=least0, default=derived, help="lambda; default: 2.5; Adroit 0.1")
+    add("--td3bc-alpha", type=least0, default=unset, help="lambda; default: 2.5; Adroit 0.1")
     add("--policy-noise", type=least0, default=0.2, help="of the target policy")
     add("--noise-clip", type=least0, default=0.5, help="bound of --policy-noise")
     add("--policy-delay", type=count, default=2, help="critic updates per update of the actor")
     add("--exploration-noise", type=least0, default=0.1, help="when interacting")
-    add("--iql-beta", type=least0, default=derived, help="default: 3; AntMaze 10; Adroit 0.5")
-    add("--iql-expectile", type=share, default=derived, help="default: 0.7; AntMaze 0.9")
-    add("--iql-dropout", type=number(0, high=0.99), default=derived, help="default: 0; Adroit 0.1")
+    add("--iql-beta", type=least0, default=unset, help="default: 3; AntMaze 10; Adroit 0.5")
+    add("--iql-expectile", type=share, default=unset, help="quantile; 0.7; AntMaze 0.9")
+    add("--iql-dropout", type=number(0, high=0.99), default=unset, help="default: 0; Adroit 0.1")
     args = parser.parse_args(argv)
 
     scheme, robot = SCHEMES[args.scheme], find_robot(args.env)
@@ -189,8 +190,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check(re.fullmatch(r"(?!(ft|interval|inf|no-ranknet|mix)(-|$))[\w.-]*", args.tag),
           "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
     check(not args.cuda_graph or "cuda" in args.device, "--cuda-graph needs a GPU")
-    with blame(f"--device {args.device}"):  # nonzero() fails on "meta", which has no numbers
-        args.device = str(torch.zeros(1, device=args.device).nonzero().device)  # cuda: cuda:0
+    with blame(f"--device {args.device}"):
+        args.device = str(torch.zeros(1, device=args.device).device)  # cuda: cuda:0
+        check(args.device.startswith(("cpu", "cuda")), "neither cpu nor cuda")
     return args
 
 # ----------------------------------------------------------------------------------- OAP, section 3
@@ -231,14 +233,12 @@ class OAP(nn.Module):
     states, f(state, action) -> (B,), or is None. To resume, save the optimizers and `spent`, too.
     """
     def __init__(self, state: Tensor, action: Tensor, black_box: "BlackBox",
-                 ranknet: nn.Module | None, epochs: int = 100, lr: float = 3e-4,
-                 batch_size: int = 256):
+                 ranknet: nn.Module | None, epochs: int = 100, lr: float = 3e-4):
         super().__init__()
         self.state, self.action, self.black_box, self.ranknet = state, action, black_box, ranknet
         mean, std = moments(state)
         self.normalized = (state - mean) / std  # (N, O), what RankNet sees
-        self.epochs, self.batch_size = epochs, batch_size
-        self.optimizers = [] if ranknet is None else [adam(ranknet, lr)]
+        self.epochs, self.optimizers = epochs, [] if ranknet is None else [adam(ranknet, lr)]
         # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows that were asked. The last answer to each is
         # enough: one is asked again only when all were asked, and RankNet has nothing to answer.
         self.register_buffer("asked", torch.zeros_like(action[:, 0], dtype=torch.bool))  # (N,)
@@ -275,19 +275,19 @@ class OAP(nn.Module):
             order = torch.randperm(len(queries[0]), device=self.asked.device)
             losses = [
                 descend(self.optimizers[0], ranknet_loss(self.ranknet, *(x[i] for x in queries)))
-                for i in order.split(self.batch_size)]
+                for i in order.split(256)]
         self.ranknet.eval()
         return torch.stack(losses).mean().item()
 
     def audit(self) -> dict[str, float]:
-        """How good the answers are, by uncounted ones, which nothing that learns may see."""
+        """How good the answers are: asks without counting, so that no learner may see this."""
         q = self.black_box.value
         gain = q(self.state, self.preferred) - q(self.state, self.action)  # (N,)
         log = {"improvement": gain.mean().item(),  # Eq. 7
                "asked_gain": gain[self.asked].mean().item()}
         rest = (~self.asked).nonzero().squeeze(1)
         if self.ranknet is not None and len(rest):
-            i = rest[:: math.ceil(len(rest) / 10_000)]  # about 10,000 of them
+            i = rest[:: math.ceil(len(rest) / 10_000)]  # evenly, at most 10,000
             truth = self.black_box.answer(self.state[i], self.action[i], self.policy_action[i])
             log |= {"ranknet_accuracy": (self.prefers_data[i] == truth).float().mean().item(),
                     "unasked_prefer_policy": 1 - truth.float().mean().item()}
@@ -359,7 +359,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int = 102
     return whole
 
 def moments(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (O,) of states (N, O), as TD3+BC normalises with."""
+    """Mean and standard deviation + 1e-3, (O,), of states (N, O): TD3+BC's normalisation."""
     wide = state.double()  # in float32, the sums of millions of large numbers would be wrong
     return wide.mean(0).to(state.dtype), wide.std(0, correction=0).to(state.dtype) + 1e-3
 
@@ -370,7 +370,7 @@ class Batch(NamedTuple):
     action: Tensor  # (B, A), in [-1, 1] like every action that a network sees
     reward: Tensor  # (B,)
     next_state: Tensor  # (B, O)
-    done: Tensor  # (B,): 1 after a terminal state; 0 otherwise, and after a timeout
+    done: Tensor  # (B,): 1 if next_state is terminal; 0 otherwise, also at a timeout
     preferred: Tensor  # (B, A): ã, towards which the policy constraint pulls; without OAP, a itself
 
 def bellman_loss(q: Tensor, target: Tensor) -> Tensor:
@@ -676,9 +676,8 @@ class Env(gym.Wrapper):
         state, info = self.env.reset(**kwargs)
         if self.robot.maze:
             # MuJoCo 2.1 to 3.1 normalise the noisy start's quaternion in place, 3.3 does not.
-            quaternion = self.unwrapped.data.qpos[3:7]
-            quaternion /= np.linalg.norm(quaternion)
-            state[3:7] = quaternion
+            state[3:7] /= np.linalg.norm(state[3:7])
+            self.unwrapped.data.qpos[3:7] = state[3:7]
             random = self.unwrapped.np_random  # D4RL's v0 draws one goal for a whole process
             self.goal = (maze_cells(self.robot.maze, "g")[0]
                          + random.uniform(0, 1, 2) + random.uniform(0, 0.5, 2))
@@ -738,7 +737,7 @@ def checksums() -> dict[str, str]:
 
 def dataset_file(url: str) -> Path:
     """A D4RL file in D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded if it is missing."""
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     server, _, name = url.rpartition("/")
     path, failures = folder / name, ""
     for source in () if path.is_file() else (server, MIRROR):
@@ -772,8 +771,9 @@ def load_dataset(path: Path, env: Env) -> tuple[dict[str, np.ndarray], dict[str,
         check(not references or -math.inf < low < high < math.inf, f"{REFERENCES}: {low}, {high}")
         shapes |= {"timeouts": ()} if "timeouts" in file else {}
         for key, shape in shapes.items():
-            raw[key] = file[key][()].astype(np.float32, casting="same_kind")
-            expected = len(raw["observations"]), *shape
+            x = file[key][()].astype(np.float32, casting="same_kind")
+            expected = len(raw.get("observations", x)), *shape
+            raw[key] = x.squeeze(-1) if x.shape == (*expected, 1) else x  # d4rl takes both
             check(raw[key].shape == expected, f"{key} are {raw[key].shape}, not {expected}")
             check(np.isfinite(raw[key]).all(), f"some {key} are not finite numbers")
         done, timeout = raw["terminals"] > 0, raw.get("timeouts", 0 * raw["terminals"]) > 0
@@ -802,7 +802,7 @@ class Data:
         self.reward_scale, self.reward_shift = 1.0, reward_shift
         self.size = self.offline = 0  # rows in use, and N of them D's
         self.size_on_device = torch.zeros((), dtype=torch.long, device=device)  # for a CUDA graph
-        self.preferred: Tensor | None = None  # (N, A): ã, where it is not a
+        self.preferred: Tensor | None = None  # (N, A): OAP's ã; without OAP, ã = a
 
     def append(self, *columns) -> None:
         """n transitions: state (n, O), action (n, A), reward (n,), next_state (n, O), done (n,)."""

@@ -5,7 +5,7 @@
 #
 #   bash run_all.sh                                       # the paper's Table 2
 #   TASKS=pen-human-v1 SCHEMES="offline oap" ALGOS="td3bc iql" SEEDS="0 1" bash run_all.sh
-#   GPUS="0 1" JOBS=6 bash run_all.sh --audit             # 3 on each; arguments go to every run
+#   GPUS="0 1" JOBS=6 bash run_all.sh --eval-every 10000  # 3 on each; arguments go to every run
 #   DRY_RUN=1 bash run_all.sh                             # prints the commands
 #   sbatch --array=0-39 --gpus=1 run_all.sh               # every array task takes its share
 here=$(dirname "$0")

@@ -683,7 +683,7 @@ def d4rl_rows(raw, horizon):
 @pytest.mark.parametrize("seed", range(6))
 def test_datasets_are_read_as_d4rl_does(tmp_path, seed):
     rng, n = np.random.default_rng(seed), 400
-    raw = {"observations": rng.normal(size=(n, 2)).astype(">f4"), "rewards": rng.normal(size=n),
+    raw = {"observations": rng.normal(size=(n, 2)).astype(">f4"), "rewards": rng.normal(size=(n, 1)),
            "actions": rng.uniform(-2, 3, (n, 1)), "terminals": rng.random(n) < 0.1}
     if seed % 2:
         raw["timeouts"] = (rng.random(n) < 0.1) & ~raw["terminals"]
@@ -692,7 +692,7 @@ def test_datasets_are_read_as_d4rl_does(tmp_path, seed):
     index, done = map(np.array, zip(*d4rl_rows(raw, 20), strict=True))
     for key, expected in {"state": raw["observations"][index], "action": raw["actions"][index],
                           "next_state": raw["observations"][index + 1], "done": done,
-                          "reward": raw["rewards"][index]}.items():
+                          "reward": raw["rewards"][index, 0]}.items():
         np.testing.assert_array_equal(read[key], expected.astype(read[key].dtype))
     assert references == {"ref_min_score": 1.0, "ref_max_score": 2.0}
     if seed % 2:

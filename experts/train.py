@@ -83,7 +83,9 @@ def train(args: argparse.Namespace) -> None:
     device, rng = args.device, torch.cuda if args.device.startswith("cuda") else torch
     oap.check(args.eval_every <= args.steps, "--eval-every is longer than --steps")
     with oap.blame(f"--device {device}", (RuntimeError, AssertionError)):
-        torch.zeros(1, device=device).item()
+        (probe := torch.zeros(1, device=device)).item()
+        if probe.is_cuda:
+            torch.cuda.set_device(probe.device)  # whose random state a checkpoint has
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
     env, envs = oap.make_env(args.env), [oap.make_env(args.env) for _ in range(10)]
