@@ -683,8 +683,8 @@ def d4rl_rows(raw, horizon):
 @pytest.mark.parametrize("seed", range(6))
 def test_datasets_are_read_as_d4rl_does(tmp_path, seed):
     rng, n = np.random.default_rng(seed), 400
-    raw = {"observations": rng.normal(size=(n, 2)).astype(">f4"), "rewards": rng.normal(size=(n, 1)),
-           "actions": rng.uniform(-2, 3, (n, 1)), "terminals": rng.random(n) < 0.1}
+    raw = {"observations": rng.normal(size=(n, 2)).astype(">f4"), "terminals": rng.random(n) < 0.1,
+           "actions": rng.uniform(-2, 3, (n, 1)), "rewards": rng.normal(size=(n, 1))}
     if seed % 2:
         raw["timeouts"] = (rng.random(n) < 0.1) & ~raw["terminals"]
     path = write_hdf5(tmp_path / "d.hdf5", raw, ref_min_score=1.0, ref_max_score=2.0)
