@@ -9,6 +9,7 @@ named by it. Each collection, the path between RUNS and <env>, is an experiment 
 
 import argparse
 import io
+import itertools
 import json
 import os
 import sys
@@ -284,24 +285,29 @@ def figure_7(runs: pd.DataFrame) -> tuple | None:
                   "Figure 7: mean and standard deviation over seeds")
 
 def curves(runs: pd.DataFrame) -> tuple:
-    """A task's learning curves, few in a panel."""
+    """A task's learning curves, in one panel if they are few. Each ends at the table's number."""
     unit, name = ("score", "normalised score") if runs.normalised.all() else ("return", "return")
 
     def draw(ax: plt.Axes, kind: str, some: pd.DataFrame) -> None:
+        used = {COLORS.get(label) for label in some.label}
+        free = itertools.cycle(x for x in dict.fromkeys(COLORS.values()) if x not in used)
         for i, label in enumerate(ordered(some.label)):
-            seeds = [x.set_index("step")[unit] for x in some[some.label == label].rows]
+            seeds = [x.set_index("step")[unit].rolling(10, min_periods=1).mean()
+                     for x in some[some.label == label].rows]
             shown = spread(pd.concat(seeds).groupby("step"))
-            step, color = shown.index / 1000, COLORS.get(label, list(COLORS.values())[3 + i % 6])
+            step, color = shown.index / 1000, COLORS.get(label) or next(free)
             ax.plot(step, shown["mean"], ("-", "--", "-.", ":")[i % 4], color=color,
                     marker="o" if len(step) == 1 else "", label=f"{label} (n={len(seeds)})")
             ax.fill_between(step, shown["mean"] - shown["std"], shown["mean"] + shown["std"],
                             color=color, alpha=0.15, linewidth=0)
         ax.sharey(ax.figure.axes[0])
-        ax.set(title=f"{runs.task.iloc[0]}\n{kind}", xlabel="updates (thousands)", ylabel=name)
+        ax.set(title=f"{runs.task.iloc[0]}\n{kind}".strip(), xlabel="updates (thousands)", ylabel=name)
 
-    kinds = runs.label.map(lambda x: "schemes" if x in (*oap.SCHEMES, "expert") else
+    kinds = runs.label.map(lambda x: "" if runs.label.nunique() <= 6 else
+                           "schemes" if x in (*oap.SCHEMES, "expert") else
                            "variants" if x in COLORS else "tagged")
-    return panels([*runs.groupby(kinds)], draw, "Mean and standard deviation over seeds")
+    return panels([*runs.groupby(kinds)], draw,
+                  "Rolling means of ten evaluations; mean and standard deviation over seeds")
 
 def report(root: Path, out: Path) -> str:
     """Writes report.md and its pictures to `out`; returns what was done, in lines."""
