@@ -36,8 +36,10 @@ def run_all(tmp_path):
              "CUDA_VISIBLE_DEVICES": "", "TASKS": "pen-human-v1", "SCHEMES": "oap"}
 
     def start(*args, script=RUN_ALL, **env):
-        return subprocess.Popen(["bash", script, *args], cwd=folder, env=clean | env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            ["bash", script, *args], cwd=folder, env=clean | env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,  # a background job ignores Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     start.calls = folder / "calls"
     return start
