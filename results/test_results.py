@@ -180,6 +180,9 @@ long: td3bc
 iql-2: iql
 | pen-human-v1, own data | 56.8 ± 6.5 |  |  | 56.9 ± 7.9 | 47.2 ± 2.9 |
 
+half: iql
+| pen-human-v1, own data | 50.7 |  |  |  | 43.3 |
+
 short: td3bc
 | Walker2d-v4-medium | 32.6 ± 3.7 | 8.6 ± 3.3 | 31.6 ± 2.4 | 34.2 ± 3.3 | 32.6 ± 4.4 |
 | Hopper-v4-medium-replay | 24.3 ± 0.7 | 23.6 ± 0.4 | 24.1 ± 0.7 | 24.5 ± 0.2 |
