@@ -166,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--policy-delay", type=count, default=2, help="critic updates per update of the actor")
     add("--exploration-noise", type=least0, default=0.1, help="when interacting")
     add("--iql-beta", type=least0, default=unset, help="default: 3; AntMaze 10; Adroit 0.5")
-    add("--iql-expectile", type=share, default=unset, help="quantile; 0.7; AntMaze 0.9")
+    add("--iql-expectile", type=share, default=unset, help="default: 0.7; AntMaze 0.9")
     add("--iql-dropout", type=number(0, high=0.99), default=unset, help="default: 0; Adroit 0.1")
     args = parser.parse_args(argv)
 
@@ -275,7 +275,7 @@ class OAP(nn.Module):
             order = torch.randperm(len(queries[0]), device=self.asked.device)
             losses = [
                 descend(self.optimizers[0], ranknet_loss(self.ranknet, *(x[i] for x in queries)))
-                for i in order.split(256)]
+                for i in order.split(256)]  # choice 5
         self.ranknet.eval()
         return torch.stack(losses).mean().item()
 
