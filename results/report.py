@@ -301,7 +301,8 @@ def curves(runs: pd.DataFrame) -> tuple:
             ax.fill_between(step, shown["mean"] - shown["std"], shown["mean"] + shown["std"],
                             color=color, alpha=0.15, linewidth=0)
         ax.sharey(ax.figure.axes[0])
-        ax.set(title=f"{runs.task.iloc[0]}\n{kind}".strip(), xlabel="updates (thousands)", ylabel=name)
+        title = f"{runs.task.iloc[0]}\n{kind}".strip()
+        ax.set(title=title, xlabel="updates (thousands)", ylabel=name)
 
     kinds = runs.label.map(lambda x: "" if runs.label.nunique() <= 6 else
                            "schemes" if x in (*oap.SCHEMES, "expert") else

@@ -180,6 +180,10 @@ long: td3bc
 iql-2: iql
 | pen-human-v1, own data | 56.8 ± 6.5 |  |  | 56.9 ± 7.9 | 47.2 ± 2.9 |
 
+iql-control: iql
+| pen-human-v1, own data | 63.2 |  |  |  |  |
+| pen-human-v1, own data | 33.7 |
+
 half: iql
 | pen-human-v1, own data | 50.7 |  |  |  | 43.3 |
 
