@@ -191,8 +191,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
           "--tag: letters, digits, '.', '_' and '-' alone, and no variant's name")
     check(not args.cuda_graph or "cuda" in args.device, "--cuda-graph needs a GPU")
     with blame(f"--device {args.device}"):
-        args.device = str(torch.zeros(1, device=args.device).device)  # cuda: cuda:0
         check(args.device.startswith(("cpu", "cuda")), "neither cpu nor cuda")
+        args.device = str(torch.zeros(1, device=args.device).device)  # cuda: cuda:0
     return args
 
 # ----------------------------------------------------------------------------------- OAP, section 3
