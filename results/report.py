@@ -290,7 +290,7 @@ def curves(runs: pd.DataFrame) -> tuple:
 
     def draw(ax: plt.Axes, kind: str, some: pd.DataFrame) -> None:
         used = {COLORS.get(label) for label in some.label}
-        free = itertools.cycle(x for x in dict.fromkeys(COLORS.values()) if x not in used)
+        free = itertools.cycle(c for c in dict.fromkeys(COLORS.values()) if c not in used)
         for i, label in enumerate(ordered(some.label)):
             seeds = [x.set_index("step")[unit].rolling(10, min_periods=1).mean()
                      for x in some[some.label == label].rows]
@@ -301,12 +301,12 @@ def curves(runs: pd.DataFrame) -> tuple:
             ax.fill_between(step, shown["mean"] - shown["std"], shown["mean"] + shown["std"],
                             color=color, alpha=0.15, linewidth=0)
         ax.sharey(ax.figure.axes[0])
-        title = f"{runs.task.iloc[0]}\n{kind}".strip()
-        ax.set(title=title, xlabel="updates (thousands)", ylabel=name)
+        ax.set(title=f"{runs.task.iloc[0]}{kind}", xlabel="updates (thousands)", ylabel=name)
 
-    kinds = runs.label.map(lambda x: "" if runs.label.nunique() <= 6 else
-                           "schemes" if x in (*oap.SCHEMES, "expert") else
-                           "variants" if x in COLORS else "tagged")
+    kinds = runs.label.map(lambda x: "\nschemes" if x in (*oap.SCHEMES, "expert") else
+                           "\nvariants" if x in COLORS else "\ntagged")
+    if runs.label.nunique() <= 6:
+        kinds[:] = ""
     return panels([*runs.groupby(kinds)], draw,
                   "Rolling means of ten evaluations; mean and standard deviation over seeds")
 
