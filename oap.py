@@ -18,7 +18,7 @@ Where the paper is in this file:
     l_i, Table 5          which samples to ask about      divergence, select_queries
     Eq. 3, Eq. 4          RankNet's loss; pseudo queries  ranknet_loss, pseudo_query
     Eq. 5, Eq. 6          the adjusted policy constraint  td3bc_actor_loss, iql_actor_loss
-    Eq. 7, Figure 6       how much better ã is than a     OAP.round; --audit
+    Eq. 7, Figure 6       how much better ã is than a     OAP.audit; --audit
     Table 3, Figures 5, 7 variants                        --budget, --no-ranknet, --expert, --timing
 
 What the paper leaves open, and what is done here:
@@ -147,7 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=number(1, high=math.inf), default=1e5, help="queries or interactions, K")
     add("--interval", type=count, default=100_000, help="updates between rounds, M_inter")
     add("--timing", choices=("interval", "ft"), default=unset, help="Figure 7; default: scheme's")
-    add("--ranknet", action=switch, default=True, help="without: Table 3's OAP(w/ RN)")
+    add("--ranknet", action=switch, default=True, help="--no-ranknet: Table 3's OAP(w/ RN)")
     add("--ranknet-epochs", type=count, default=100, help="over D_q, in each round")
     add("--audit", action=switch, default=False, help="measure RankNet, Eq. 7 and Figure 6")
     add("--eval-every", type=count, default=5_000, help="updates between evaluations")
@@ -239,8 +239,7 @@ class OAP(nn.Module):
         mean, std = moments(state)
         self.normalized = (state - mean) / std  # (N, O), what RankNet sees
         self.epochs, self.optimizers = epochs, [] if ranknet is None else [adam(ranknet, lr)]
-        # D_q = {(s_k, a_k, π^k(s_k), ã_k)} are the rows that were asked. The last answer to each is
-        # enough: one is asked again only when all were asked, and RankNet has nothing to answer.
+        # D_q = {(s_k, a_k, π^k(s_k), ã_k)}: the asked rows, each with its last answer (choice 2).
         self.register_buffer("asked", torch.zeros_like(action[:, 0], dtype=torch.bool))  # (N,)
         self.register_buffer("policy_action", torch.zeros_like(action))  # (N, A): π(s), as judged
         self.register_buffer("prefers_data", torch.ones_like(self.asked))  # (N,): and the answer
@@ -349,13 +348,13 @@ def polyak_update(target: nn.Module, net: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), rate)
 
 @torch.no_grad()
-def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, size: int = 1024) -> Tensor:
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """function(*tensors) without gradients, piece by piece: all of D at once would be slow."""
     whole = None  # allocated once: a list of many small pieces would take far more memory
-    for start in range(0, max(1, len(tensors[0])), size):
-        piece = function(*(t[start : start + size] for t in tensors))
+    for start in range(0, max(1, len(tensors[0])), 1024):
+        piece = function(*(t[start : start + 1024] for t in tensors))
         whole = piece.new_empty(len(tensors[0]), *piece.shape[1:]) if whole is None else whole
-        whole[start : start + size] = piece
+        whole[start : start + 1024] = piece
     return whole
 
 def moments(state: Tensor) -> tuple[Tensor, Tensor]:
@@ -425,7 +424,7 @@ class IQL(nn.Module):
     """Implicit Q-learning (Kostrikov et al. 2022), in its authors' order: V, policy, Q."""
     def __init__(self, state_dim: int, action_dim: int, args: argparse.Namespace):
         super().__init__()
-        self.t_max = math.inf if args.finetune_steps else args.steps  # choice 9
+        self.t_max = math.inf if args.finetune_steps else args.steps  # choice 9; inf: no decay
         self.args, self.actor = args, GaussianActor(state_dim, action_dim, args.iql_dropout)
         self.critic, self.value = Critic(state_dim, action_dim), mlp(state_dim, 256, 256, 1)
         self.critic_target = copy.deepcopy(self.critic)
@@ -436,7 +435,8 @@ class IQL(nn.Module):
     def explore(self, state: Tensor) -> Tensor:
         return self.actor.distribution(state).sample().clamp(-1, 1)  # (B, A)
 
-    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:  # IQL always does
+    def update(self, batch: Batch, update_actor: bool) -> dict[str, Tensor]:
+        """Updates everything; `update_actor` is TD3's alone."""
         s, a, r, s2, done, preferred = batch
         args, (actor_opt, critic_opt, value_opt) = self.args, self.optimizers
         with torch.no_grad():
@@ -802,7 +802,7 @@ class Data:
         self.reward_scale, self.reward_shift = 1.0, reward_shift
         self.size = self.offline = 0  # rows in use, and N of them D's
         self.size_on_device = torch.zeros((), dtype=torch.long, device=device)  # for a CUDA graph
-        self.preferred: Tensor | None = None  # (N, A): OAP's ã; without OAP, ã = a
+        self.preferred: Tensor | None = None  # (N, A): OAP's ã
 
     def append(self, *columns) -> None:
         """n transitions: state (n, O), action (n, A), reward (n,), next_state (n, O), done (n,)."""
@@ -852,7 +852,7 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
 
 # ------------------------------------------------------------------------- evaluation and training
 
-SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # two of them on the screen
+SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # on the screen: two
 MAY_CHANGE = "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions"
 
 def env_seed(*numbers: int) -> int:
@@ -926,7 +926,6 @@ def train(args: argparse.Namespace) -> Path:
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one can't be captured
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.manual_seed(args.seed)
 
     # The environments, the black box, D, the learner, and what OAP adds to it.
     envs, about = [make_env(args.env) for _ in range(min(args.eval_episodes, 10))], {}
@@ -936,6 +935,7 @@ def train(args: argparse.Namespace) -> Path:
     state, action = data.split(data.rows[: data.offline])[:2]  # D's, (N, O) and (N, A)
     if scheme.asks or args.audit:
         black_box.answer(state[:2], action[:2], action[:2])  # a misfit fails now; ties tell nothing
+    torch.manual_seed(args.seed)  # here: a black box must not change the learner's random numbers
     agent = ALGORITHMS[args.algo](*envs[0].dims, args)
     learner, optimizers = nn.ModuleDict({"agent": agent}), agent.optimizers
     if scheme.asks:
@@ -962,7 +962,7 @@ def train(args: argparse.Namespace) -> Path:
         "commit": os.popen(f"git -C {str(HERE)!r} rev-parse HEAD 2>/dev/null").read().strip()}
     config = vars(args) | about | about_data | {"versions": versions}
     config["budget"] = "inf" if math.isinf(args.budget) else args.budget  # JSON has no infinity
-    _lock = claim(folder, config)
+    _lock = claim(folder, config)  # held until this returns
     if (folder / "model.pt").is_file():
         print(f"{folder} is finished")
         return folder
@@ -978,8 +978,7 @@ def train(args: argparse.Namespace) -> Path:
                 optimizer.load_state_dict(x)
             if scheme.asks:
                 black_box.spent = sum(count for t, count in rounds.items() if t <= made)
-            if scheme.acts:
-                data.append(*data.split(saved["own"]))
+            data.append(*data.split(saved["own"]))
             rng.set_rng_state(saved["rng"].cpu())
         print(f"{folder} continues after update {made:,}")
     if args.wandb:

@@ -857,19 +857,19 @@ def test_variants(run, files, monkeypatch, argv, name, queries):
     n = len(oap.load_dataset(files / "point.hdf5", oap.make_env("Point-v0"))[0]["reward"])
     assert rows[-1]["queries"] == (queries or str(2 * n))
 
+@pytest.mark.parametrize("scheme", ("oap", "offline"))
 @pytest.mark.parametrize("algo", oap.ALGORITHMS)
-def test_neither_evaluations_nor_audits_feed_learning(run, algo):
+def test_neither_evaluations_nor_audits_feed_learning(run, algo, scheme):
     models = []
-    for i, extra in enumerate((["--eval-every=10"], ["--eval-every=30"], ["--audit"])):
-        assert run(*extra, f"--algo={algo}", "--iql-dropout=0.1", f"--out=fed{i}") == 0
-        models.append(oap.load(f"fed{i}/Point-v0/{algo}-oap/0/model.pt", "cpu")["actor"])
-    for key, value in models[0].items():
-        assert torch.equal(value, models[1][key]) and torch.equal(value, models[2][key])
+    for i, extra in enumerate(("--eval-every=10", "--eval-every=30", "--audit")):
+        argv = f"--algo={algo} --scheme={scheme} --iql-dropout=0.1 --out=fed{i}".split()
+        assert run(*argv, extra) == 0
+        models.append(oap.load(f"fed{i}/Point-v0/{algo}-{scheme}/0/model.pt", "cpu")["actor"])
+    assert all(torch.equal(models[0][key], model[key]) for model in models for key in model)
 
 def test_only_schemes_of_one_phase_have_iql_s_decay():
-    for scheme, t_max in (("offline", 40), ("online", 40), ("oap", math.inf), ("o2o", math.inf)):
-        args = make_args("--algo=iql", f"--scheme={scheme}", "--steps=40", "--interval=40",
-                         "--eval-every=1")
+    for scheme, t_max in (("offline", 1e5), ("online", 1e5), ("oap", math.inf), ("o2o", math.inf)):
+        args = make_args("--algo=iql", f"--scheme={scheme}", "--steps=100000")
         assert oap.IQL(5, 3, args).t_max == t_max
 
 def test_a_finished_run_is_left_alone_and_not_mistaken_for_another(run, files, capsys, tmp_path):
