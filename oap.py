@@ -350,11 +350,11 @@ def polyak_update(target: nn.Module, net: nn.Module, rate: float) -> None:
 @torch.no_grad()
 def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """function(*tensors) without gradients, piece by piece: all of D at once would be slow."""
-    whole = None  # allocated once: a list of many small pieces would take far more memory
-    for start in range(0, max(1, len(tensors[0])), 1024):
-        piece = function(*(t[start : start + 1024] for t in tensors))
+    size, whole = 1024, None  # allocated once: many small pieces would take far more memory
+    for start in range(0, max(1, len(tensors[0])), size):
+        piece = function(*(t[start : start + size] for t in tensors))
         whole = piece.new_empty(len(tensors[0]), *piece.shape[1:]) if whole is None else whole
-        whole[start : start + 1024] = piece
+        whole[start : start + size] = piece
     return whole
 
 def moments(state: Tensor) -> tuple[Tensor, Tensor]:
@@ -852,7 +852,7 @@ def load_data(args: argparse.Namespace, env: Env) -> tuple[Data, dict]:
 
 # ------------------------------------------------------------------------- evaluation and training
 
-SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # on the screen: two
+SHOWN = "prefers_policy", "asked_gain", "critic_loss", "actor_loss"  # a row's first two
 MAY_CHANGE = "out", "cuda_graph", "checkpoint_every", "wandb", "dataset", "expert", "versions"
 
 def env_seed(*numbers: int) -> int:
